@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -116,12 +117,13 @@ def _missing(facts: HostFacts) -> list[Part]:
 
 
 def _address(facts: HostFacts) -> list[Part]:
-    if not facts.address:
+    if not facts.address or "%" in facts.address:
+        why = "another machine" if not facts.address else f"{facts.address}, which is valid on its own cable only"
         return [
             Part(
                 (
                     "The address at which the gateway reaches the servers could not be determined: ssh goes through",
-                    "another machine. Until both are set, servers listen on 127.0.0.1, for the host itself only.",
+                    f"{why}. Until both are set, servers listen on 127.0.0.1, for the host itself only.",
                     "address: ADDRESS",
                     "bind: ADDRESS",
                 )
@@ -143,7 +145,7 @@ def _hub(facts: HostFacts) -> list[Part]:
     first, *others = sorted(facts.hubs, key=lambda path: (-facts.hubs[path], path))
     hub = short(first, facts.home)
     found = [Part((f"It has {_models(facts.hubs[first])}.",), "hub", hub)]
-    found += [Part((f"hub: {short(path, facts.home)}   # {_models(facts.hubs[path])}, too",)) for path in others]
+    found += [Part((f"hub: {_word(short(path, facts.home))}   # {_models(facts.hubs[path])}, too",)) for path in others]
     near = [path for path in facts.registries if path.rpartition("/")[0] in (first, first.rpartition("/")[0])]
     registry = next((short(path, facts.home) for path in near if path != f"{first}/registry.json"), "")
     return [*found, *([Part((), "registry", registry)] if registry and f"{first}/registry.json" not in near else [])]
@@ -169,19 +171,45 @@ def _python(facts: HostFacts) -> list[Part]:
 
 
 def _engine(facts: HostFacts) -> list[Part]:
-    words = [word for line in facts.servers for word in split_command(line)]
-    paths = [*facts.programs, *(word for word in words if word.startswith("/"))]
-    found = {engine: [path for path in paths if path.endswith(f"/{name}")] for engine, name in PROGRAMS.items()}
-    usable = [engine for engine in PROGRAMS if found[engine] or (engine == DEFAULT_ENGINE and facts.project)]
-    if not usable:
+    """Name the engine of a running server, otherwise the first that is installed. The others are comments."""
+    running = [command for line in facts.servers if (command := _command(split_command(line)))]
+    installed = [(name, (path,)) for path in facts.programs if (name := _engine_of(path))]
+    commands = [*dict.fromkeys([*running, *installed])]
+    engines = [name for name, _ in running] + [name for name in PROGRAMS if name in dict(commands)]
+    if not engines and not facts.project:
         return [Part(("No engine was found. Install one, for example: uv tool install mlx-openai-server",))]
-    engine = usable[0]
+    engine = engines[0] if engines else DEFAULT_ENGINE
+    own = sorted((argv for name, argv in commands if name == engine), key=lambda argv: not _is_near(argv, facts.home))
+    more = [f"Found, too: {shlex.join(argv)}" for name, argv in commands if argv not in own[:1]]
     result = [] if engine == DEFAULT_ENGINE else [Part((), "engine", engine)]
-    near = [path for path in found[engine] if short(path.rpartition("/")[0], facts.home) in FOUND_BY_ITSELF]
-    if near or not found[engine]:
-        return [Part((f"{engine}: {near[0] if near else 'the project /opt/mlx-launch'}",)), *result]
-    argv = [short(found[engine][0], facts.home), *(["launch"] if engine == DEFAULT_ENGINE else [])]
-    return [*result, Part((), "launch", {engine: argv})]
+    if not own or _is_near(own[0], facts.home):
+        where = shlex.join(own[0]) if own else "the project /opt/mlx-launch"
+        return [Part((f"{engine}: {where}",)), *result, *_lines(more)]
+    argv = [short(own[0][0], facts.home), *own[0][1:], *(["launch"] if engine == DEFAULT_ENGINE else [])]
+    return [*result, Part((), "launch", {engine: argv}), *_lines(more)]
+
+
+def _lines(comments: Sequence[str]) -> list[Part]:
+    return [Part(tuple(comments[:MOST_NAMED]))] if comments else []
+
+
+def _engine_of(path: str) -> str | None:
+    return next((engine for engine, name in PROGRAMS.items() if path.endswith(f"/{name}")), None)
+
+
+def _command(words: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the engine of a running server, and its program: a file, or Python with a module."""
+    for path in words:
+        if path.startswith("/") and (engine := _engine_of(path)):
+            return engine, (path,)
+    if words and words[0].startswith("/") and ("-m", "mlx_lm.server") in pairwise(words):
+        return "mlx-lm", (words[0], "-m", "mlx_lm.server")
+    return None
+
+
+def _is_near(argv: Sequence[str], home: str) -> bool:
+    """Return whether the agent finds an engine there by itself."""
+    return len(argv) == 1 and short(argv[0].rpartition("/")[0], home) in FOUND_BY_ITSELF
 
 
 def _ports(facts: HostFacts) -> list[Part]:
@@ -204,6 +232,7 @@ def _described(line: str) -> str:
     """Return the program and the options that matter here. Others may hold a secret."""
     words = split_command(line)
     program = next((word for word in words if word.rpartition("/")[2] in PROGRAMS.values()), "a server")
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     pairs = [(option, value) for option, value in pairwise(words) if option in _SHOWN]
     return " ".join([program, *(f"{option} {redact(value)}" for option, value in pairs)])
 
@@ -227,7 +256,12 @@ def _boot(facts: HostFacts) -> list[Part]:
 
 
 def _flow(job: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}: {value}" for key, value in job.items())
+    return ", ".join(f"{key}: {_word(value)}" for key, value in job.items())
+
+
+def _word(text: str) -> str:
+    """Return a text as YAML, for a comment that is to be made a setting."""
+    return text if re.fullmatch(r"[\w/~][\w./~+-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def split_command(line: str) -> list[str]:

@@ -95,6 +95,19 @@ def test_password_in_the_address_of_a_model_is_not_printed(tmp_path: Path) -> No
             ["# /a.plist may start", "# boot: {port: PORT, label: a}"],
         ),
         (HostFacts(address="::1"), ["bind: ::1"]),
+        (HostFacts(address="fe80::1%en0"), ["fe80::1%en0, which is valid", "# bind: ADDRESS"]),
+        (
+            HostFacts(hubs={"/a": 2, "/b: #c": 1}, boot_files=(BootFile("/x.plist", "a", "/opt/my, s"),)),
+            ['# hub: "/b: #c"   # 1 model', '# boot: {port: PORT, label: a, script: "/opt/my, s"}'],
+        ),
+        (
+            HostFacts(servers=("/odd/bin/python -m mlx_lm.server --model=/m --port 8100",)),
+            ["engine: mlx-lm", "launch: {mlx-lm: [/odd/bin/python, -m, mlx_lm.server]}", "server --model /m --port"],
+        ),
+        (
+            HostFacts(programs=("/o/mlx-openai-server", "/x/mlx_lm.server"), servers=("/x/py /x/mlx_lm.server -p",)),
+            ["engine: mlx-lm", "[/x/mlx_lm.server]", "# Found, too: /o/mlx-openai-server"],
+        ),
         (HostFacts(hubs={"/Volumes/a: b #c": 1}), ["hub: '/Volumes/a: b #c'"]),
     ],
 )
