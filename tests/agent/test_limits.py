@@ -163,7 +163,16 @@ OPENAI = ("--decode-concurrency", "--prompt-concurrency", "--max-bytes")
 def test_load_adds_only_options_that_the_entry_leaves_open(
     engine: str, serving: ServerSpec, added: tuple[str, ...]
 ) -> None:
-    assert engine_named(engine).limit_options(serving).all == added
+    made = engine_named(engine).argv(EngineCommand(("/x/serve",), "test"), serving)
+    assert engine_named(engine).limit_options(serving, made).all == added
+
+
+@pytest.mark.parametrize(("kind", "added"), [("embeddings", ()), ("multimodal", OPENAI[:2]), ("lm", OPENAI)])
+def test_model_type_of_launch_decides_which_limits_are_added(kind: str, added: tuple[str, ...]) -> None:
+    engine = engine_named("mlx-openai-server")
+    serving = spec(Option("model_type", None, Origin.REGISTRY))  # `model_type: null`: what `launch` says
+    made = engine.argv(EngineCommand(("/x/serve", "launch", "--model-type", kind), "`launch` in hosts.yaml"), serving)
+    assert engine.limit_options(serving, made).all == added
 
 
 @pytest.mark.parametrize(

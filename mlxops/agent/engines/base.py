@@ -159,8 +159,11 @@ class Engine(ABC):
         # Only for a plain installation: another program configured in `launch` may not have --help.
         return (*command.argv, "--help") if spec.model.args and command.version else ()
 
-    def limit_options(self, spec: ServerSpec) -> LimitOptions:
-        """Return the options that a load may add to this server's command. What the model's own `args` set stays."""
+    def limit_options(self, spec: ServerSpec, argv: Sequence[str]) -> LimitOptions:
+        """Return the options that a load may add to this server's command, `argv`.
+
+        What the model's own `args` set stays.
+        """
         # argparse accepts abbreviations.
         own = [word.partition("=")[0] for word in spec.model.args if re.match("--[a-z]", word)]
         return self.limits.only({each for each in self.limits.all if not any(map(each.startswith, own))})

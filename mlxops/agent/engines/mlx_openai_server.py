@@ -118,9 +118,8 @@ class MlxOpenAIServer(Engine):
             *model.args,
         )
 
-    def limit_options(self, spec: ServerSpec) -> LimitOptions:
-        options = super().limit_options(spec)
-        kind = long_options(spec.model.args).get("--model-type") or spec.text("model_type") or "lm"
+    def limit_options(self, spec: ServerSpec, argv: Sequence[str]) -> LimitOptions:
+        options, kind = super().limit_options(spec, argv), self.model_type(argv)
         if kind not in _CHAT_TYPES:
             return LimitOptions()
         return options if kind == "lm" else options.only({options.requests, options.prompts})

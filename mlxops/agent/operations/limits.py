@@ -32,7 +32,7 @@ def installed_options(ctx: Context, prepared: Prepared) -> LimitOptions:
     """
     engine, keep = prepared.engine, not ctx.request.dry_run
     text = optional_help(engine, prepared.command, ctx.engine_environ, ctx.store, keep=keep)
-    return engine.limit_options(prepared.serving).only(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text or "")))
+    return prepared.limit_options.only(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text or "")))
 
 
 def give(

@@ -26,6 +26,7 @@ from mlxops.agent.hub.weights import language_weights
 from mlxops.agent.operations.model_files import ModelFiles
 from mlxops.agent.state.store import Lock
 from mlxops.core import memory, planner
+from mlxops.core.budget import LimitOptions
 from mlxops.core.commands.list import OptionRow
 from mlxops.core.commands.load import Load
 from mlxops.core.errors import Refused
@@ -68,6 +69,11 @@ class Prepared:
         return (*self.wanted.argv, *self.budget)
 
     @property
+    def limit_options(self) -> LimitOptions:
+        """The options that a load may add to its argv."""
+        return self.engine.limit_options(self.serving, self.wanted.argv)
+
+    @property
     def context_length(self) -> int | None:
         """The context length that its argv sets, else that of its entry; None if nothing sets it."""
         return self.engine.context_length(self.wanted.argv) or self.serving.model.context_length
@@ -95,7 +101,7 @@ def prepare(ctx: Context, target: ModelRef, port: int, files: ModelFiles, *, ask
     command = inspect_command(engine, command, serving, inquire, ctx.store, keep=not ctx.request.dry_run)
     argv = engine.argv(command, serving)
     real = os.path.realpath(files.path)
-    limits = engine.limit_options(serving).all
+    limits = engine.limit_options(serving, argv).all
     wanted = Wanted(target.repo_id, files.revision, engine.name, argv, real, limits)
     return Prepared(engine, command, serving, files, wanted)
 

@@ -316,8 +316,7 @@ def _plan_as_load(ctx: Context, view: PortView, entry: Model) -> RestartPlan | N
         return None  # assigned to another port: mlxops must not serve it on two
     old = prepare(ctx, target, view.port, files)
     if view.server is not None and view.server.engine == old.engine.name:
-        options = old.engine.limit_options(old.serving)
-        old = replace(old, budget=options.words(old.engine.read_limits(view.server.argv)))
+        old = replace(old, budget=old.limit_options.words(old.engine.read_limits(view.server.argv)))
     start = Launch(
         ctx.paths, ctx.store, ctx.system, old.engine, old.command, old.serving, argv=old.argv, budget=old.budget
     )
