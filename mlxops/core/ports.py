@@ -211,6 +211,8 @@ class World:
     """The boot jobs of the observed ports."""
     stranded: Stranded | None = None
     """Memory that stopped servers did not return; None if there is none, or if that is not known."""
+    contexts: Mapping[str, int] = field(default_factory=dict)
+    """Model -> `context_length` of its entry. mlx-lm has no option for it, so its commands do not say."""
 
 
 def judge(signals: Signals, registry: Registry) -> PortView:

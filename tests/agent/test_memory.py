@@ -27,10 +27,12 @@ from mlxops.core.errors import Refused
 from mlxops.core.kv_cache import kv_cache
 from mlxops.core.layers import MODEL_TYPES
 from mlxops.core.memory import Estimate, Use
+from mlxops.core.ports import Owner, PortView, State, World
 from mlxops.core.protocol import Event, Note, Phase
 from mlxops.core.records import Operation
 from mlxops.core.registry import EMPTY
 from mlxops.core.settings import PortRange, Settings
+from tests.lab import models
 from tests.lab.envelopes import envelope
 from tests.lab.shapes import EVERY_TYPE, MLA, PUBLISHED, Fields, N, nested, plain
 from tests.lab.world import free_port
@@ -261,6 +263,22 @@ def test_foreign_server_counts_as_memory_in_use(tmp_path: Path, by_hand: tuple[s
     found = next(use for use in in_use(world, system, {}) if use.pid == child.pid)
     assert (found.port, found.model, found.owner) == (port, "org/big", "hand")
     assert found.counted >= 2 * GB, "its weights, and as much for a context of unknown length"
+
+
+def test_running_server_counts_the_context_that_its_load_counted(
+    tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]
+) -> None:
+    """mlx-lm has no option for the length of a context."""
+    child, port = by_hand
+    snapshot = tmp_path / "hub" / "models--org--big" / "snapshots" / "abc"
+    (snapshot / "config.json").write_bytes((models.tiny_models() / models.QWEN / "config.json").read_bytes())
+    world, system = World({port: PortView(port, None, State.READY, Owner.HAND, "big", pid=child.pid)}), this_system()
+
+    def counted(**contexts: int) -> int:
+        uses = in_use(replace(world, contexts=contexts), system, {})
+        return next(use.counted for use in uses if use.pid == child.pid)
+
+    assert counted(big=10**8) > counted() + GB and counted(other=10**8) == counted()
 
 
 def test_reservation_counts_until_the_server_does(tmp_path: Path, by_hand: tuple[subprocess.Popen[bytes], int]) -> None:

@@ -91,7 +91,8 @@ def _use(world: World, system: System, server: ServerProcess, view: PortView | N
     path = real_path(system.folder(process.pid), detected.model)
     engine = ENGINES[server.engine]
     model_type = engine.model_type(process.argv)
-    expected = estimate_of(Path(path), engine.context_length(process.argv), model_type) if path else None
+    context = engine.context_length(process.argv) or world.contexts.get(view.model if view and view.model else "")
+    expected = estimate_of(Path(path), context, model_type) if path else None
     version = view.run.engine_version if view and view.run else installed_version(process.argv, engine.distribution)
     own = engine.read_limits(process.argv)
     cached = engine.keeps_caches_in_memory(version)

@@ -64,7 +64,9 @@ def observe(
         for each in signals
     }
     stranded = _stranded(store, system) if only is None else None
-    return World(views, find_drift(paths.settings.ports, views, registry, states), states, stranded)
+    drift = find_drift(paths.settings.ports, views, registry, states)
+    contexts = {name: each.context_length for name, each in registry.models.items() if each.context_length}
+    return World(views, drift, states, stranded, contexts)
 
 
 def _stranded(store: Store, system: System) -> Stranded | None:
