@@ -23,6 +23,8 @@ SWAP_SECONDS = 30.0
 """The length of a swap on a port that has had none: a large model takes at least so long."""
 TWO_LOADS = 2
 """A swap that fails takes the time of two: of the model that does not load, and of the one that comes back."""
+REFUSED, NOT_FOUND = "InternalServerErrorRetries", "NotFoundErrorRetries"
+"""LiteLLM's names in a retry policy."""
 SWAP_LOSES = "swap_loses_requests"
 HOLD_DELAYS = "hold_delays_fallback"
 
@@ -59,22 +61,31 @@ def policy(hold: int) -> dict[str, int]:
     mlx-lm answers 404 from the moment at which it could not load its model until it is stopped. LiteLLM retries no 404
     by itself.
     """
-    return dict.fromkeys(("InternalServerErrorRetries", "NotFoundErrorRetries"), retries_for(hold))
+    return dict.fromkeys((REFUSED, NOT_FOUND), retries_for(hold))
 
 
 # -- what a configuration says ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class RetryPolicy:
+    """What a retry policy says about the two errors of a swap. None: nothing."""
+
+    refused: int | None = None
+    not_found: int | None = None
+    """A 404. LiteLLM retries one only if a policy says so."""
+
+
+@dataclass(frozen=True)
 class RetrySettings:
-    """The parts of LiteLLM's configuration that decide how long it retries a refused connection."""
+    """The parts of LiteLLM's configuration that decide how long it retries a refused connection, or a 404."""
 
     retries: int = DEFAULT_RETRIES
     """`num_retries` of the router, else of the module."""
-    policy: int | None = None
+    policy: RetryPolicy = RetryPolicy()
     """`retry_policy`, for aliases without a policy of their own."""
-    policies: Mapping[str, int | None] = field(default_factory=dict)
-    """`model_group_retry_policy`: alias -> retries; None: the alias's policy says nothing about this error."""
+    policies: Mapping[str, RetryPolicy] = field(default_factory=dict)
+    """`model_group_retry_policy`, by alias."""
     least_pause: float = 0.0
     """`retry_after`."""
     fallbacks: frozenset[str] = frozenset()
@@ -85,14 +96,21 @@ class RetrySettings:
     def has_fallback(self, alias: str) -> bool:
         return bool(self.fallbacks & {alias, "*"})
 
+    def policy_of(self, entry: Entry) -> RetryPolicy:
+        """Return the policy of an entry. The name that the client uses selects it."""
+        return self.policies.get(entry.alias, self.policy)
+
     def retries_of(self, entry: Entry) -> int:
-        """Return the retries of a refused connection. The name that the client uses selects the policy."""
-        chosen = self.policies.get(entry.alias, self.policy)
+        """Return the retries of a refused connection."""
+        chosen = self.policy_of(entry).refused
         own = self.retries if entry.num_retries is None else entry.num_retries
         return own if chosen is None else chosen
 
     def seconds(self, entry: Entry) -> float:
         return seconds_until_last(self.retries_of(entry), self.least_pause)
+
+    def seconds_after_404(self, entry: Entry) -> float:
+        return seconds_until_last(self.policy_of(entry).not_found or 0, self.least_pause)
 
 
 def read_retries(document: object) -> RetrySettings:
@@ -103,18 +121,18 @@ def read_retries(document: object) -> RetrySettings:
     numbers = (found for each in (router, module) if (found := number(each.get("num_retries"))) is not None)
     return RetrySettings(
         next(numbers, DEFAULT_RETRIES),
-        _policy_retries(router.get("retry_policy")),
-        {str(alias): _policy_retries(each) for alias, each in groups.items()},
+        _policy(router.get("retry_policy")),
+        {str(alias): _policy(each) for alias, each in groups.items()},
         float(number(router.get("retry_after")) or 0),
         frozenset(name for each in (router, module) for name in _fallbacks(each)),
         router.get("disable_cooldowns") is not True and number(router.get("cooldown_time")) != 0,
     )
 
 
-def _policy_retries(rules: object) -> int | None:
+def _policy(rules: object) -> RetryPolicy:
     section = _mapping(rules)
-    numbers = (number(section.get(key)) for key in ("InternalServerErrorRetries", "DefaultRetries"))
-    return next((found for found in numbers if found is not None), None)
+    refused, not_found, others = (number(section.get(key)) for key in (REFUSED, NOT_FOUND, "DefaultRetries"))
+    return RetryPolicy(others if refused is None else refused, others if not_found is None else not_found)
 
 
 def _fallbacks(section: Mapping[object, object]) -> Iterator[str]:
@@ -193,6 +211,9 @@ class _SwapCheck:
             length = f"{self.swap:.0f} s" + (" or more with a large model" if self.port.swap_seconds is None else "")
             message = f"in a swap of port {self.port.port} requests are lost: LiteLLM retries them for {lasts:.0f} s"
             return self._warning(SWAP_LOSES, f"{message}, and a swap takes {length}", self._edit())
+        if self.retry.seconds_after_404(self.entry) < self.swap:
+            message = f"in a failed swap of port {self.port.port} requests may be lost: mlx-lm answers 404 then"
+            return self._warning(SWAP_LOSES, f"{message}, and LiteLLM does not retry it for long enough", self._edit())
         if self.entry.cooldown and self.retry.cooldowns:
             message = f"in a swap of port {self.port.port} requests may be lost"
             why = "LiteLLM sets the server aside after a 404"

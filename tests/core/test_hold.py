@@ -131,6 +131,12 @@ def test_any_settings_are_read(document: dict[str, object]) -> None:
 
 LOSES, DELAYS = ["swap_loses_requests"], ["hold_delays_fallback"]
 POLICY: dict[str, Any] = {"router_settings": {"model_group_retry_policy": {"jerry-xl": hold.policy(60)}}}
+
+
+def by_hand(**rules: int) -> dict[str, Any]:
+    return {"router_settings": {"model_group_retry_policy": {"jerry-xl": rules}}}
+
+
 PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
 
 
@@ -141,7 +147,18 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         ({"model_list": [item()]}, port(hold=60), LOSES),
         ({"model_list": [item()]}, port(hold=0), []),
         ({"model_list": [item()]}, port(swap_seconds=1.2), LOSES),
-        ({"model_list": [item(cooldown_time=0)]}, port(swap_seconds=1.2), []),
+        ({"model_list": [item(cooldown_time=0)]}, port(swap_seconds=1.2), LOSES),
+        ({"model_list": [item(cooldown_time=0)], **by_hand(NotFoundErrorRetries=4)}, port(swap_seconds=1.2), []),
+        ({"model_list": [item(cooldown_time=0)], **by_hand(InternalServerErrorRetries=60)}, port(hold=60), LOSES),
+        ({"model_list": [item(cooldown_time=0)], **by_hand(DefaultRetries=60)}, port(hold=60), []),
+        (
+            {
+                "model_list": [item(cooldown_time=0)],
+                **by_hand(DefaultRetries=60, NotFoundErrorRetries=4),
+            },
+            port(hold=60),
+            LOSES,
+        ),
         ({"model_list": [item()]}, port(state=None), LOSES),
         ({"model_list": [item()]}, port(alias=None), []),
         ({"model_list": [item()]}, port(state=State.IDLE, owner=None), LOSES),
@@ -149,8 +166,8 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         (PASTED, port(), []),
         (PASTED, port(hold=60, swap_seconds=100.0), LOSES),
         ({"model_list": [item()], **POLICY}, port(hold=60), LOSES),
-        ({"model_list": [item()], "router_settings": {"num_retries": 60, "disable_cooldowns": True}}, port(), []),
-        ({"model_list": [item(num_retries=40, cooldown_time=0)]}, port(), []),
+        ({"model_list": [item()], "router_settings": {"num_retries": 60, "disable_cooldowns": True}}, port(), LOSES),
+        ({"model_list": [item(num_retries=40, cooldown_time=0)]}, port(), LOSES),
         ({"model_list": [item(), item(port=8101)]}, port(), []),
         ({"model_list": [item(), item(cooldown_time=0)], **POLICY}, port(hold=60), LOSES),
         ({"model_list": [item(), item()]}, port(hold=0), []),
@@ -160,7 +177,8 @@ PASTED = {"model_list": [item(cooldown_time=0)], **POLICY}
         ({**PASTED, "litellm_settings": {"fallbacks": [{"jerry-xl": ["gpt"]}]}}, port(hold=60), DELAYS),
     ],
     ids=[
-        *("defaults", "hold that is not pasted", "loss accepted", "short swaps and cooldowns", "short swaps"),
+        *("defaults", "hold that is not pasted", "loss accepted", "short swaps and cooldowns", "short swaps, no 404"),
+        *("short swaps", "policy without a 404", "policy for all errors", "policy with too few for a 404"),
         *("host not reached", "no slot", "idle", "pasted", "pasted earlier", "pasted, too short", "cooldown forgotten"),
         *(
             "settings of the router",
@@ -179,6 +197,13 @@ def test_alias_that_would_lose_requests_is_named(
     document: dict[str, Any], state: GatewayPort, found: list[str]
 ) -> None:
     assert codes(document, state) == found
+
+
+@pytest.mark.parametrize("rules", [by_hand(InternalServerErrorRetries=60), {"router_settings": {"num_retries": 60}}])
+def test_404_of_a_failed_swap_is_named(rules: dict[str, Any]) -> None:
+    (found,) = findings({"model_list": [item(cooldown_time=0)], **rules}, port(hold=60))
+    assert "in a failed swap of port 8100 requests may be lost: mlx-lm answers 404" in found.message
+    assert "NotFoundErrorRetries: 11" in found.hint
 
 
 def test_other_providers_are_left_alone() -> None:
