@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.lab.world import wait_until
 from tests.steps import Ask, assigned, nothing_runs, register, servers
 
 
@@ -66,6 +69,16 @@ def test_last_verdicts_are_shown_without_asking(remote: Ask, tmp_path: Path) -> 
     asked = names.read_text()
     assert verdicts(remote, "--last")["tools"]["verdict"] == "pass"
     assert names.read_text() == asked and set(asked.split()) == {"jerry-xl"}, "only its own name is asked for"
+
+
+def test_last_verdicts_of_a_server_that_died_are_shown(remote: Ask) -> None:
+    loaded(remote)
+    verdicts(remote)
+    (before,) = remote("probe", "--last", "--json").ok().json["hosts"][0]["ports"]
+    os.kill(remote.row()["pid"], signal.SIGKILL)
+    wait_until(lambda: remote.row()["state"] == "failed", 30, "the end of the server")
+    (after,) = remote("probe", "--last", "--json").ok().json["hosts"][0]["ports"]
+    assert (after["pid"], after["since"], after["verdicts"]) == (None, before["since"], before["verdicts"])
 
 
 def test_next_server_has_no_verdicts(remote: Ask) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.operations import required
+from mlxops.agent.operations import probe, required
 from mlxops.agent.operations.verdicts import last_verdicts
 from mlxops.common.chat import TimeLimits
 from mlxops.core.commands.load import Load
@@ -97,6 +98,23 @@ def test_gate_keeps_the_verdicts_that_it_does_not_make(quick: Host) -> None:
     assert kept(quick) == full | {"tools": "fail"}, "the family promises it"
     record = last_verdicts(quick.store, quick.run())
     assert record and record.lost == ("tools",)
+
+
+def test_skipped_check_keeps_the_verdict_and_the_loss_of_this_server(quick: Host) -> None:
+    flaw = quick.store.run_folder(quick.first) / "flaw"
+    quick("probe", port=str(quick.first))
+    flaw.write_text("bad-call", encoding="utf-8")
+    quick("probe", port=str(quick.first))
+    before = kept(quick)
+    assert before["tools"] == "fail"
+    flaw.write_text("busy", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "check_server", partial(probe.check_server, limits=required.LIMITS))
+        (row,) = quick("probe", port=str(quick.first)).ports
+    assert {each.verdict for each in row.verdicts} == {"skip"}, "what this probe found"
+    assert kept(quick) == before
+    record = last_verdicts(quick.store, quick.run())
+    assert record and record.lost == ("tools",) == row.lost
 
 
 def test_downtime_of_a_move_is_that_of_its_port(quick: Host) -> None:

@@ -91,6 +91,11 @@ def through(port: int, *looks: CheckedPort) -> CheckedPort:
 SEEN = CheckedPort(8100, "jerry", "qwen", pid=7, since="2026-11-27T03:00:00Z")
 
 
+def test_server_that_died_during_the_checks_keeps_its_verdicts(port: int) -> None:
+    row = through(port, SEEN, replace(SEEN, pid=None, not_asked="the port is failed"))
+    assert row.not_asked is None and row.verdicts[0].verdict == "fail"
+
+
 @pytest.mark.parametrize("change", [{"pid": 8}, {"since": "2026-11-27T03:01:00Z"}, {"pid": None, "since": None}])
 def test_server_that_changed_during_the_checks_has_no_verdicts(port: int, change: dict[str, Any]) -> None:
     assert through(port, SEEN).verdicts

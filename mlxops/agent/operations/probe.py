@@ -37,7 +37,7 @@ def run(ctx: Context, request: Probe) -> ProbeResult:
     views = [
         view
         for port, view in sorted(world.ports.items())
-        if port in ctx.paths.settings.ports and (port == only if only else view.state is State.READY)
+        if port in ctx.paths.settings.ports and (port == only if only else _is_meant(view, last=request.last))
     ]
     rows = [_row(ctx, registry, view) for view in views]
     if request.last:
@@ -49,6 +49,11 @@ def run(ctx: Context, request: Probe) -> ProbeResult:
             for row, view in zip(rows, views, strict=True)
         )
     )
+
+
+def _is_meant(view: PortView, *, last: bool) -> bool:
+    """Return whether a port is shown that is not named. The last verdicts of a server that died are shown, too."""
+    return view.state is State.READY or (last and view.state is State.FAILED)
 
 
 def _row(ctx: Context, registry: Registry, view: PortView) -> CheckedPort:
@@ -67,11 +72,17 @@ def _row(ctx: Context, registry: Registry, view: PortView) -> CheckedPort:
         engine_version=view.engine_version,
         promised=promised(registry.models.get(view.model or "")),
         pid=view.pid,
-        since=view.since,
+        since=view.since or _start_of_dead(view),
         clients=_clients(ctx, view),
         json_schema=engine is not None and engine.json_schema,
         not_asked=reason or None,
     )
+
+
+def _start_of_dead(view: PortView) -> str | None:
+    """Return when a server started that died by itself; None for any other."""
+    died = view.owner is None and view.state is State.FAILED and view.run is not None and view.run.stopped_by is None
+    return view.run.started_at if died and view.run else None
 
 
 def promised(entry: Model | None) -> tuple[str, ...]:
@@ -118,12 +129,12 @@ def _checked(ctx: Context, row: CheckedPort, view: PortView, found: _Found) -> C
     """Return the row with its verdicts, and keep them if the server is ours."""
     if _replaced(ctx, view):
         return replace(row, not_asked="the server was stopped or replaced during the checks")
+    verdicts = tuple(map(VerdictRow.of, conformance.with_promises(found.verdicts, row.promised)))
     run = view.run if view.owner is Owner.MLXOPS else None
-    if run is not None:
-        record = keep(ctx, run, str(row.name), found.verdicts, row.promised, found.seconds)
-        return _with_record(row, record)
-    verdicts = conformance.with_promises(found.verdicts, row.promised)
-    return replace(row, checked_at=utc_now(), seconds=found.seconds, verdicts=tuple(map(VerdictRow.of, verdicts)))
+    if run is None:
+        return replace(row, checked_at=utc_now(), seconds=found.seconds, verdicts=verdicts)
+    record = keep(ctx, run, str(row.name), found.verdicts, row.promised, found.seconds)
+    return replace(_with_record(row, record), verdicts=verdicts)
 
 
 def check_server(

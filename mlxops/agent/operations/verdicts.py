@@ -9,7 +9,7 @@ from mlxops.agent.context import Context
 from mlxops.agent.state.store import Store, utc_now
 from mlxops.core import conformance, wire
 from mlxops.core.commands.probe import VerdictRow
-from mlxops.core.conformance import Verdict
+from mlxops.core.conformance import Mark, Verdict
 from mlxops.core.drift import Drift, DriftCode
 from mlxops.core.errors import MlxopsError
 from mlxops.core.frozen import dataclass
@@ -40,21 +40,22 @@ def keep(
 ) -> VerdictRecord:
     """Keep the verdicts of a server, and return the record, with what got worse.
 
-    Checks that were not made now keep the verdict that this server has. The history gets the verdicts without what is
-    promised, because an edited promise is no change of the model.
+    Checks that were not made now, or were skipped, keep the verdict that this server has. The history gets the verdicts
+    without what is promised, because an edited promise is no change of the model.
     """
     now = conformance.marks(verdicts)
     earlier = last_verdicts(ctx.store, run)
-    rows = [row for row in earlier.verdicts if row.check not in now] if earlier else []
-    rows += map(VerdictRow.of, conformance.with_promises(verdicts, promised))
-    lost = [check for check in earlier.lost if check not in now] if earlier else []
+    made = {check for check, mark in now.items() if mark != Mark.SKIP}
+    rows = {row.check: row for row in map(VerdictRow.of, conformance.with_promises(verdicts, promised))}
+    rows |= {row.check: row for row in earlier.verdicts if row.check not in made} if earlier else {}
+    lost = [check for check in earlier.lost if check not in made] if earlier else []
     record = VerdictRecord(
         run_id=run.run_id,
         pid=run.pid,
         at=utc_now(),
         seconds=seconds,
         name=name,
-        verdicts=tuple(sorted(rows, key=lambda row: conformance.position(row.check))),
+        verdicts=tuple(sorted(rows.values(), key=lambda row: conformance.position(row.check))),
         lost=(*lost, *conformance.lost(_best_before(ctx, run), now)),
     )
     try:

@@ -76,8 +76,8 @@ def _server(looks: Looks, host: str, port: int) -> CheckedPort | None:
 
 
 def _if_unchanged(row: CheckedPort, now: CheckedPort | None) -> CheckedPort:
-    """Return the row, without verdicts if they may be those of two servers."""
-    if now is not None and (now.pid, now.since) == (row.pid, row.since):
+    """Return the row, without verdicts if they may be those of two servers. One that died has failed its checks."""
+    if now is not None and now.since == row.since and now.pid in (row.pid, None):
         return row
     why = "the server was stopped, restarted or replaced during the checks"
     return replace(row, verdicts=(), checked_at=None, seconds=0.0, not_asked=why)
