@@ -264,6 +264,8 @@ def judge_length(answer: Answer, limit: int) -> Verdict:
     reason, tokens = completion.finish_reason, completion.tokens
     if tokens is None or reason is None:
         return Verdict(check, Mark.FAIL, "it has no usage" if tokens is None else "it has no finish reason")
+    if not tokens:
+        return Verdict(check, Mark.FAIL, "its usage counts no generated token")
     if tokens > limit:
         return Verdict(check, Mark.FAIL, f"it generated {tokens} tokens, and max_tokens was {limit}")
     if reason == "length":
@@ -285,6 +287,8 @@ def judge_stop(answer: Answer, limit: int) -> Verdict:
         return Verdict(check, Mark.WARN, f"the model did not end within {limit} tokens")
     if completion.finish_reason != "stop":
         return Verdict(check, Mark.FAIL, f"the model ended, and the finish reason is {completion.finish_reason!r}")
+    if not completion.text:
+        return Verdict(check, Mark.WARN, "the model ended without an answer")
     return Verdict(check, Mark.PASS)
 
 

@@ -299,8 +299,8 @@ def notes(ports: Sequence[GatewayPort], retry: RetrySettings, holds: Mapping[str
     """Yield what the printed settings do, and why an alias with a hold has none."""
     for name, seconds in holds.items():
         retries = retries_for(seconds)
-        last, error = seconds_until_last(retries), seconds_until_error(retries)
-        yield f"{name}: a request waits {last:.0f} s for a server; without one, its error comes by {error:.0f} s."
+        last, error = math.floor(seconds_until_last(retries)), math.ceil(seconds_until_error(retries))
+        yield f"{name}: a request waits {last} s for a server; without one, its error comes by {error} s."
     for alias in dict.fromkeys(port.alias for port in ports if port.alias and port.hold and port.alias not in holds):
         why = "it has a fallback" if retry.has_fallback(alias) else "it has several ports, between which nothing waits"
         yield f"{alias}: no hold, because {why}."

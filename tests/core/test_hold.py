@@ -278,6 +278,12 @@ def test_alias_with_a_fallback_keeps_it_fast() -> None:
     assert first == "jerry-xl: no hold, because it has a fallback."
 
 
+@pytest.mark.parametrize(("seconds", "last", "error"), [(7, 7, 20), (60, 63, 81), (120, 127, 151)])
+def test_note_promises_no_more_than_litellm_keeps(seconds: int, last: int, error: int) -> None:
+    (note,) = hold.notes([port(hold=seconds)], RetrySettings(), {"jerry-xl": seconds})
+    assert note == f"jerry-xl: a request waits {last} s for a server; without one, its error comes by {error} s."
+
+
 @given(st.integers(1, MAX_HOLD))
 @PROPERTY
 def test_what_is_printed_passes_the_check(seconds: int) -> None:

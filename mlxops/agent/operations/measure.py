@@ -195,13 +195,13 @@ def _rounds(ctx: Context, request: Measure, view: PortView, deadline: float) -> 
                 tally.fail(step.case, reason(error))
             shared = shared or bool(clients(ctx, view))
     except TimeUp:
-        ctx.note(f"port {view.port}: the {request.seconds:.0f} s of --seconds are over")
+        ctx.note(f"port {view.port}: the {request.seconds:g} s of --seconds are over")
     _check_same(ctx, view)
     if not tally.values:
         raise Refused(
             "no_answer",
             f"the server on port {view.port} gave no answer that can be measured",
-            why=next(iter(tally.missing), f"none was complete within {request.seconds:.0f} s"),
+            why=next(iter(tally.missing), f"none was complete within {request.seconds:g} s"),
             hint=f"ask it: `mlxctl status --probe`; or give it more time: `mlxctl measure {view.port} "
             f"--seconds {min(2 * request.seconds + 1, 86400):.0f}`",
         )
