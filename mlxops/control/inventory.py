@@ -118,7 +118,7 @@ class YAMLValue:
         if not re.fullmatch(r"0|[1-9][0-9]{0,17}", self.raw):
             raise self.bad(
                 f"{self.raw} is not a plain decimal number",
-                "YAML would read leading zeros as octal and colons as sixtieths",
+                "it must be 0 or more; and YAML would read leading zeros as octal and colons as sixtieths",
                 "write digits only",
             )
         return int(self.raw)
@@ -141,7 +141,8 @@ class YAMLValue:
             )
         if kind == "boolean":
             what = f"YAML reads {self.raw} as true or false"
-            return self.bad(what, _BOOLEAN_WORDS, f'{why}; quote it: "{self.raw}"')
+            hint = f'{why}; quote it: "{self.raw}"' if wanted == "text" else f"make it {wanted}"
+            return self.bad(what, _BOOLEAN_WORDS, hint)
         article = {"number": "a number", "date": "a date"}.get(kind, f"of the YAML type {shown(kind)}")
         hint = f'quote it: "{self.raw}"' if wanted == "text" and self.raw.isprintable() else f"make it {wanted}"
         return self.bad(f"{raw} is {article}", why, hint)

@@ -236,7 +236,7 @@ class Tally:
     def __init__(self) -> None:
         self.values: dict[tuple[Case, Metric], list[float]] = {}
         self.answers: dict[Case, list[Answer]] = {}
-        self._failed: dict[Case, str] = {}
+        self._failed: dict[Case, list[str]] = {}
 
     def add(self, case: Case, answers: Sequence[Answer]) -> None:
         self.answers.setdefault(case, []).extend(answers)
@@ -244,12 +244,17 @@ class Tally:
             self.values.setdefault((case, metric), []).append(value)
 
     def fail(self, case: Case, why: str) -> None:
-        self._failed[case] = why
+        self._failed.setdefault(case, []).append(why)
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Each case without any answer, with the reason."""
-        return tuple(f"{case}: {why}" for case, why in self._failed.items() if case not in self.answers)
+        """Each case without an answer, in some rounds or in all, with the last reason."""
+        return tuple(f"{case}{self._rounds(case, len(whys))}: {whys[-1]}" for case, whys in self._failed.items())
+
+    def _rounds(self, case: Case, failed: int) -> str:
+        if case not in self.answers:
+            return ""
+        return f", {failed} of {failed + len(self.answers[case]) // case.streams} rounds"
 
 
 class Verdict(StrEnum):

@@ -284,6 +284,17 @@ def test_wrong_setting_is_refused_with_its_place(tmp_path: Path, setting: str, e
 
 
 @pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("env: {A: yes}", 'it must be text; quote it: "yes"'),
+        ("slots: {8100: {alias: a, hold: on}}", "make it a whole number"),
+    ],
+)
+def test_word_for_true_or_false_is_quoted_only_where_text_belongs(tmp_path: Path, setting: str, hint: str) -> None:
+    assert refusal(tmp_path, one(setting)).hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "is empty"),

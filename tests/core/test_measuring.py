@@ -19,6 +19,7 @@ from mlxops.core.measuring import (
     NotMeasurable,
     Prompt,
     Spread,
+    Tally,
     Verdict,
     figures,
     last_comparable,
@@ -106,6 +107,18 @@ def test_stream_that_shows_no_speed_is_not_measurable(lines: list[bytes], why: s
 )
 def test_figures_follow_from_times_and_counts(case: Case, answers: list[Answer], expected: dict[Metric, float]) -> None:
     assert figures(case, answers) == expected
+
+
+def test_rounds_without_an_answer_are_counted() -> None:
+    tally, two = Tally(), COLD._replace(streams=2)
+    tally.add(two, [Answer(0.5, 2.5, 38, 21, 6)] * 2)
+    tally.fail(two, "timed out")
+    tally.fail(two, "it closed the connection")
+    tally.fail(LONG, "it answered 400")
+    assert tally.missing == (
+        "cold short prompt, 2 streams, 2 of 3 rounds: it closed the connection",
+        "cold long prompt, 1 stream: it answered 400",
+    )
 
 
 def test_round_repeats_each_cold_prompt_and_the_next_has_new_ones() -> None:

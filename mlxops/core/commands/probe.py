@@ -44,7 +44,7 @@ class CheckedPort:
     """How long the checks took."""
     verdicts: tuple[VerdictRow, ...] = ()
     lost: tuple[str, ...] = ()
-    """Checks that got worse for the same model, revision, engine and version."""
+    """Checks that got worse for the same repository, revision and engine."""
     promised: tuple[str, ...] = ()
     """What the model's entry or its family promises: missing, it is a failure."""
     json_schema: bool = False
