@@ -6,6 +6,7 @@ operation only if there is a server to start; otherwise a timer would push all o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -154,5 +155,6 @@ def print_event(event: Event) -> None:
             text = f"error: {error.message}; {error.why}; {error.hint}"
         case _:
             return
-    sys.stdout.write(f"{utc_now()} {text}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stdout.write(f"{utc_now()} {text}\n")
+        sys.stdout.flush()

@@ -9,6 +9,7 @@ One keeper acts for each state folder; a second one waits until the first one en
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -96,7 +97,7 @@ def _run(state: Path) -> NoReturn:
     lock = _only_keeper(store)
     _say(f"the keeper {__version__} runs")
     try:
-        Keeper(state, this_system(), process_exits()).run()
+        Keeper(state, this_system(), process_exits(), lock).run()
     finally:
         lock.release()
 
@@ -120,6 +121,7 @@ class Keeper:
     state: Path
     system: System
     exits: Exits
+    lock: Lock
     servers: dict[int, Watched] = field(default_factory=dict)
     passes: dict[int, Pass] = field(default_factory=dict)
     """The running passes, by pid."""
@@ -131,6 +133,8 @@ class Keeper:
     """The running round of completions."""
     failures: dict[int, int] = field(default_factory=dict)
     """In how many rounds in a row the server of a port completed nothing."""
+    told: dict[int, int] = field(default_factory=dict)
+    """How many rounds that were when it was last acted on."""
 
     def run(self) -> NoReturn:
         build, folder, versions = build_signs(self.state), 0, Versions()
@@ -145,6 +149,7 @@ class Keeper:
             now = time.monotonic()
             if now >= look_at:
                 look_at = now + LOOK_SECONDS
+                self.require_lock()
                 self.count_kills()
                 self._reap()
                 if (signs := build_signs(self.state)) != build:
@@ -170,6 +175,11 @@ class Keeper:
             for pid in self.exits.wait(TICK_SECONDS):
                 self.ended(pid)
 
+    def require_lock(self) -> None:
+        """End if the lock's file is another one, so that another keeper may act. Raises `OSError`."""
+        if not self.lock.is_there:
+            raise FileNotFoundError(errno.ENOENT, "the state folder was removed or replaced", str(self.state))
+
     # Completions
 
     def begin_round(self) -> rounds.Round | None:
@@ -184,20 +194,28 @@ class Keeper:
         )
 
     def judge(self, ended: rounds.Round) -> None:
+        """Act on wedged servers. What became of one that has ended since, or is being stopped, says nothing."""
         store = self.store()
         answered = {port for port, asked in ended.results.items() if asked.answer is Answer.ANSWERED}
         for port, asked in ended.results.items():
-            before = self.failures.get(port, 0)
-            failed = failures(before, asked, another_answered=bool(answered - {port}))
+            run = self.servers[port].run if port in self.servers else None
+            if run is None or not _is_same(run, ended.runs[port]) or run.stopped_by:
+                self.forget_failures(port)
+                continue
+            failed = failures(self.failures.get(port, 0), asked, another_answered=bool(answered - {port}))
+            if failed == 0:
+                self.forget_failures(port)
             self.failures[port] = failed
-            watched = self.servers.get(port)
-            if watched is None:
-                self.failures[port] = 0
-            elif is_told(failed, in_use=asked.in_use):
-                self.begin_pass(Wedged(port, watched.run.pid, watched.run.start))
-            elif port in answered and store.silence(watched.run):
+            if is_told(failed, self.told.get(port), in_use=asked.in_use):
+                self.told[port] = failed
+                self.begin_pass(Wedged(port, run.pid, run.start))
+            elif port in answered and store.silence(run):
                 with contextlib.suppress(MlxopsError):
-                    store.note_silence(watched.run, None)
+                    store.note_silence(run, None)
+
+    def forget_failures(self, port: int) -> None:
+        self.failures.pop(port, None)
+        self.told.pop(port, None)
 
     def ended(self, pid: int) -> None:
         if pid in self.passes:
@@ -228,11 +246,13 @@ class Keeper:
             run = None
             with contextlib.suppress(OSError, ValueError):
                 run = store.run(port)
+            if run and run.port != port:  # a record that was copied by hand
+                run = None
             before = self.servers.get(port)
-            if before and run and (run.pid, run.start) == (before.run.pid, before.run.start):
+            if before and run and _is_same(run, before.run):
                 self.servers[port] = replace(before, run=run)  # it may be proven now
                 continue
-            if before and (run is None or (run.pid, run.start) != (before.run.pid, before.run.start)):
+            if before:
                 self.exits.forget(before.run.pid)
                 del self.servers[port]
                 before = None
@@ -258,6 +278,7 @@ class Keeper:
             self.exits.forget(run.pid)
             return False
         counter = oom.counter_of(run.pid)
+        self.forget_failures(run.port)
         self.servers[run.port] = Watched(run, counter, oom.kills(counter))
         return True
 
@@ -337,6 +358,10 @@ class Keeper:
             self.due = min(self.due, time.monotonic() + again_in)
 
 
+def _is_same(one: Run, other: Run) -> bool:
+    return (one.pid, one.start) == (other.pid, other.start)
+
+
 def own_python() -> str:
     """Return this build's interpreter by its real path: `<state>/venv` may be another build soon."""
     if sys.prefix == sys.base_prefix:
@@ -395,5 +420,6 @@ def _changed_at(folder: Path) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{utc_now()} {text}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the log's disk is full
+        sys.stdout.write(f"{utc_now()} {text}\n")
+        sys.stdout.flush()

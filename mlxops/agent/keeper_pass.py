@@ -19,7 +19,7 @@ from mlxops.agent.host import health, oom
 from mlxops.agent.host.system import this_system
 from mlxops.agent.operations import restore
 from mlxops.agent.state.store import Store, utc_now
-from mlxops.common.files import is_hosts_fault
+from mlxops.common.files import describe_error, is_hosts_fault
 from mlxops.core import wire
 from mlxops.core.commands.restore import Restore, RestoreResult
 from mlxops.core.deaths import Cause, Death, Wedged, cause_of, from_text, memory_deaths
@@ -99,21 +99,38 @@ class _Host:
         return restore.current_plan(self.ctx, Restore(dry_run=True))
 
     def _allowed(self, steps: Sequence[RestoreStep]) -> tuple[RestoreStep, ...]:
-        """Leave out the ports that hosts.yaml takes from the keeper, and starts into the same lack of memory."""
+        """Leave out the ports that hosts.yaml takes from the keeper, starts into the same lack of memory, and, while
+        starts cannot be counted, all servers that ended in this boot: nothing would ever stop their restarts."""
+        if not steps:
+            return ()
         needed = memory_deaths(self.ctx.history())
         available = self._available() if needed else None
+        uncounted = self._why_uncounted()
+        if uncounted:
+            _say(f"servers that have ended are not started again: {uncounted}")
         return tuple(
             step
             for step in steps
             if not self._is_off(step.port)
+            and not (uncounted and self._died_now(step.port))
             and (available is None or needed.get((step.model, step.port), 0) <= available)
         )
 
     def _is_off(self, port: int) -> bool:
         """Return whether the keeper leaves the port down. After a reboot its model starts in any case."""
+        return self._died_now(port) and self.ctx.paths.settings.keep(port) == "off"
+
+    def _died_now(self, port: int) -> bool:
         run = self._run(port)
-        died_now = run is not None and run.boot_id == self.ctx.system.boot_id()
-        return died_now and self.ctx.paths.settings.keep(port) == "off"
+        return run is not None and run.boot_id == self.ctx.system.boot_id()
+
+    def _why_uncounted(self) -> str:
+        """Return why restarts cannot be counted; empty if they can."""
+        try:
+            self.ctx.store.require_history()
+        except OSError as error:
+            return f"the history cannot be used to count their starts: {describe_error(error)}"
+        return ""
 
     def _run(self, port: int) -> Run | None:
         with contextlib.suppress(OSError, ValueError):
@@ -153,8 +170,10 @@ class _Host:
     def _after_silence(self, wedged: Wedged) -> None:
         """Restart a wedged server, or note for `status` that it is wedged and why it stays."""
         run = self._run(wedged.port)
-        if run is None or (run.pid, run.start) != (wedged.pid, wedged.start) or self._is_busy(wedged.port):
-            return  # it was stopped, or is being stopped
+        if run is None or (run.pid, run.start) != (wedged.pid, wedged.start):
+            return  # it was stopped
+        if run.stopped_by or self._is_busy(wedged.port):
+            return  # it is being stopped, or the stop was given up: that is an operator's matter
         known = self.ctx.store.silence(run)
         stays = self._why_it_stays(run)
         self.ctx.store.note_silence(run, Silence(known.since if known else utc_now(), stays))
@@ -172,6 +191,8 @@ class _Host:
             return "hosts.yaml does not say `keep: restart` for its slot"
         if run.model not in {model.name for model in self.ctx.registry().on_port(run.port)}:
             return "the registry does not assign it"
+        if uncounted := self._why_uncounted():
+            return uncounted
         paused = restore.pause_of(self.ctx, RestoreStep(run.model, run.port))
         return split(paused.why)[0] if paused else ""
 
@@ -183,7 +204,7 @@ class _Host:
         run = self._run(death.port)
         if step is None or run is None or run.run_id != death.run_id:
             return ()  # it was stopped, or another server has its port
-        self._record(step, death)
+        self._record(run, step, death)
         if not starts:
             return ()
         if death.held is not None and death.unexplained is not None:
@@ -211,18 +232,19 @@ class _Host:
                 return None if skipped.in_hand else skipped, False
             time.sleep(SEEN_SECONDS)
 
-    def _record(self, step: RestoreStep, death: Death) -> None:
+    def _record(self, run: Run, step: RestoreStep, death: Death) -> None:
+        """`step`: of the port. The registry may assign another model to it than the one that died."""
         cause = self._cause(death)
         why = f"; {step.why}" if step.why else ""
         self.ctx.remember(
             command="died",
-            model=step.model,
-            port=step.port,
+            model=run.model,
+            port=run.port,
             cause=cause.cause,
             evidence=cause.evidence,
             held_bytes=death.held,
         )
-        _say(f"{step.model} on {step.port} (pid {death.pid}) ended: {cause}{why}")
+        _say(f"{run.model} on {run.port} (pid {death.pid}) ended: {cause}{why}")
 
     def _cause(self, death: Death) -> Cause:
         return cause_of(death, last_words=self._memory_words(death.port), jetsam=_jetsam(death, self.ctx.environ))

@@ -29,6 +29,8 @@ class Round:
     """A running round. Its threads end by themselves after `ANSWER_SECONDS`."""
 
     results: dict[int, Asked] = field(default_factory=dict)
+    runs: dict[int, Run] = field(default_factory=dict)
+    """The servers that were asked, by port."""
     threads: list[threading.Thread] = field(default_factory=list)
 
     @property
@@ -38,7 +40,7 @@ class Round:
 
 def begin(system: System, host: str, runs: Sequence[Run]) -> Round:
     """Ask these servers. `host`: the address at which the host reaches them."""
-    begun = Round()
+    begun = Round(runs={run.port: run for run in runs})
 
     def ask(run: Run) -> None:
         begun.results[run.port] = _ask(system, host, run)

@@ -53,13 +53,12 @@ def failures(before: int, asked: Asked, *, another_answered: bool) -> int:
 
 
 def is_wedged(failed: int, *, in_use: bool) -> bool:
-    return failed >= _limit(in_use)
+    return failed >= (FAILURES_IN_USE if in_use else FAILURES)
 
 
-def is_told(failed: int, *, in_use: bool) -> bool:
-    """Whether to act now on a wedged server: at once, and then every `AGAIN` rounds."""
-    return is_wedged(failed, in_use=in_use) and (failed - _limit(in_use)) % AGAIN == 0
+def is_told(failed: int, told: int | None, *, in_use: bool) -> bool:
+    """Whether to act now on a wedged server: at once, and then every `AGAIN` rounds.
 
-
-def _limit(in_use: bool) -> int:
-    return FAILURES_IN_USE if in_use else FAILURES
+    `told`: how often it had failed when this last returned true. Its clients may come and go from round to round.
+    """
+    return is_wedged(failed, in_use=in_use) and (told is None or failed - told >= AGAIN)

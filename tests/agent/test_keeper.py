@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import psutil
 import pytest
 
 from mlxops.agent import rounds
+from mlxops.agent.host.exits import process_exits
 from mlxops.agent.host.system import this_system
-from mlxops.agent.keeper import renew
-from mlxops.agent.state.store import KEEPER, Store
+from mlxops.agent.keeper import Keeper, renew
+from mlxops.agent.state.store import KEEPER, UNKNOWN_HOLDER, Lock, Store
 from mlxops.core.deaths import Wedged
 from mlxops.core.records import Run
-from mlxops.core.wedged import Answer, Asked
+from mlxops.core.wedged import FAILURES, Answer, Asked
 from tests.lab.quick import MODELS, QuickHost
 from tests.lab.world import wait_until
 
@@ -41,11 +44,11 @@ class KeptHost:
         self.log = host.studio.folder / "keeper.log"
 
     @contextmanager
-    def keeper(self, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
+    def keeper(self, *argv: str, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
         """Run a keeper until the end of the block. `argv`: how it is started, if not as usual."""
         argv = argv or (sys.executable, *AGENT, "--keeper", str(self.store.state))
-        with open(self.log, "ab") as log:
-            process = subprocess.Popen(argv, env=self.host.studio.environment, stdout=log, stderr=log)
+        with open(log or self.log, "ab") as written:
+            process = subprocess.Popen(argv, env=self.host.studio.environment, stdout=written, stderr=written)
         try:
             yield process
         finally:
@@ -251,3 +254,93 @@ def test_wedged_server_is_restarted_only_if_its_slot_says_so(kept: KeptHost) -> 
     assert "the next try may be in 2 min" in drift["message"] and kept.run(run.port) == again
     assert [line["restarted"] for line in kept.store.history() if line["command"] == "wedged"] == [False, True, False]
     assert kept.silence(run)[0]["message"] == drift["message"], "another server has its port: it is left alone"
+
+
+def test_stop_that_an_operator_began_is_not_turned_into_a_restart(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    kept.keep(run.port, "restart")
+    kept.store.save_run(replace(run, stopped_by="unload", stopping_since="2026-01-01T00:00:00Z"))
+    assert kept.silence(run) == []
+    assert kept.host.studio.listening(run.port) and kept.run(run.port).pid == run.pid
+
+
+def test_what_became_of_an_earlier_server_does_not_count_for_the_next_one(
+    kept: KeptHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    passes: list[Wedged] = []
+    monkeypatch.setattr(Keeper, "begin_pass", lambda self, about: passes.append(about))
+    lock = kept.store.lock(KEEPER, UNKNOWN_HOLDER)
+    assert isinstance(lock, Lock)
+    keeper = Keeper(kept.store.state, this_system(), process_exits(), lock)
+    keeper.watch_servers()
+    silent = rounds.Round({run.port: Asked(Answer.SILENT, False, 0.0)}, {run.port: run})
+    for _ in range(FAILURES - 1):
+        keeper.judge(silent)
+    again = kept.load(BETA, run.port) if kept.host.mlxctl("unload", str(run.port)).ok() else run
+    keeper.watch_servers()
+    keeper.judge(silent)  # a round that began with the server before
+    keeper.judge(rounds.Round(silent.results, {run.port: again}))
+    assert passes == []
+    for _ in range(FAILURES - 1):
+        keeper.judge(rounds.Round(silent.results, {run.port: again}))
+    assert [each.pid for each in passes] == [again.pid]
+    lock.release()
+
+
+def test_server_that_dies_is_left_down_while_its_starts_cannot_be_counted(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    (kept.store.state / "history.jsonl").unlink()
+    (kept.store.state / "history.jsonl").mkdir()
+    with kept.keeper() as keeper:
+        kept.wait_for_keeper(keeper)
+        kill(run)
+        wait_until(lambda: kept.said("not started again: the history cannot be used"), HEALED_SECONDS, "the reason")
+        assert kept.run(run.port).pid == run.pid
+        (kept.store.state / "history.jsonl").rmdir()
+        kept.store.save_run(run)  # a change, which it looks after at once
+        wait_until(lambda: kept.is_healed(run), 60, "another server")
+
+
+def test_keeper_whose_log_cannot_be_written_goes_on(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    with kept.keeper(log=Path("/dev/full")) as keeper:
+        kept.wait_for_keeper(keeper)
+        kill(run)
+        wait_until(lambda: kept.is_healed(run), HEALED_SECONDS, "another server")
+
+
+def test_keeper_ends_when_its_state_folder_is_replaced(kept: KeptHost) -> None:
+    state = kept.store.state
+    with kept.keeper(sys.executable, "-c", QUICK % str(state)) as first:
+        kept.wait_for_keeper(first)
+        state.rename(state.with_name("moved"))
+        kept.store.create_folders()
+        wait_until(lambda: first.poll() is not None, 20, "its end")
+    assert kept.said("was removed or replaced")
+
+
+def test_death_is_recorded_for_the_model_that_ran(kept: KeptHost) -> None:
+    run = kept.load(ALPHA, kept.ports[0])
+    registry = kept.host.studio.registry_path
+    registry.write_text(
+        registry.read_text().replace(ALPHA, "org/other").replace(BETA, ALPHA).replace("org/other", BETA)
+    )
+    with kept.keeper() as keeper:
+        kept.wait_for_keeper(keeper)
+        kill(run)
+        wait_until(kept.deaths, HEALED_SECONDS, "the record of the death")
+    assert [line["model"] for line in kept.deaths()] == [ALPHA]
+
+
+def test_recorded_pid_that_is_no_process_has_ended() -> None:
+    exits, done = process_exits(), threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        numbers = [2**31 - 1, 2**40, 2**63 - 1, *([thread.native_id] if sys.platform == "linux" else [])]
+        assert [exits.watch(number) for number in numbers] == [False] * len(numbers)
+    finally:
+        done.set()
+        thread.join()

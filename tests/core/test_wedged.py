@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from mlxops.core.deaths import MEMORY, UNKNOWN, Death, Wedged, cause_of, from_text, memory_deaths
@@ -31,7 +33,21 @@ def test_silent_round_counts_only_with_evidence(case: str) -> None:
 def test_server_in_use_is_given_more_rounds() -> None:
     assert is_wedged(FAILURES, in_use=False) and not is_wedged(FAILURES - 1, in_use=False)
     assert not is_wedged(FAILURES_IN_USE - 1, in_use=True) and is_wedged(FAILURES_IN_USE, in_use=True)
-    assert [failed for failed in range(30) if is_told(failed, in_use=False)] == [3, 13, 23]
+
+
+def told(rounds: int, *, in_use: Callable[[int], bool]) -> list[int]:
+    """Return in which rounds a server that completes nothing is told."""
+    found: list[int] = []
+    for failed in range(1, rounds):
+        if is_told(failed, found[-1] if found else None, in_use=in_use(failed)):
+            found.append(failed)
+    return found
+
+
+def test_wedged_server_is_told_at_once_and_then_seldom_also_if_its_clients_come_and_go() -> None:
+    assert told(30, in_use=lambda failed: False) == [3, 13, 23]
+    assert told(30, in_use=lambda failed: True) == [12, 22]
+    assert told(30, in_use=lambda failed: failed <= 3) == [4, 14, 24]
 
 
 DEATH = Death(8100, 17, "x", 0.0)

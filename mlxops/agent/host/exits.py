@@ -7,6 +7,7 @@ kqueue was not available: the tests check that mypy accepts it for macOS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import sys
@@ -36,7 +37,7 @@ if sys.platform == "darwin":
         def watch(self, pid: int) -> bool:
             try:
                 self._change(pid, select.KQ_EV_ADD | select.KQ_EV_ONESHOT)
-            except ProcessLookupError:
+            except (ProcessLookupError, OverflowError):
                 return False
             self._watched.add(pid)
             return True
@@ -61,6 +62,8 @@ if sys.platform == "darwin":
         return KqueueExits()
 
 else:
+    _A_THREAD = (errno.EINVAL, errno.ENOENT)
+    """The number is a thread's now, of any process. Linux 6.9 and later return ENOENT."""
 
     class PidfdExits:
         def __init__(self) -> None:
@@ -71,8 +74,12 @@ else:
             self.forget(pid)
             try:
                 descriptor = os.pidfd_open(pid)
-            except ProcessLookupError:
+            except (ProcessLookupError, OverflowError):
                 return False
+            except OSError as error:
+                if error.errno in _A_THREAD:
+                    return False
+                raise
             self._descriptors[pid] = descriptor
             self._poll.register(descriptor, select.POLLIN)
             return True

@@ -76,7 +76,8 @@ def _stop_wedged(ctx: Context, request: Restore) -> None:
     with ctx.hold_port(port):
         view = ctx.observe_port(port)
         run = view.run
-        if run is None or view.owner is not Owner.MLXOPS or run.adopted or f"{run.pid} {run.start}" != request.wedged:
+        same = run is not None and f"{run.pid} {run.start}" == request.wedged
+        if run is None or not same or view.owner is not Owner.MLXOPS or run.adopted or run.stopped_by:
             raise Refused("not_wedged", f"port {port} has another server now, or none", why="it has changed meanwhile")
         stop(ctx, view)
 

@@ -101,6 +101,14 @@ class Lock:
     abandoned: Operation | None = None
     """The previous holder if it did not release the lock: its worker was killed."""
 
+    @property
+    def is_there(self) -> bool:
+        """Whether others find this lock: its file may have been removed, with its folder."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except OSError:
+            return False
+
     def release(self) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(self.fd, 0)
@@ -373,6 +381,11 @@ class Store:
         Raises `OSError`.
         """
         return self._entries("history.jsonl")
+
+    def require_history(self) -> None:
+        """Raises `OSError` if the history cannot be read, or cannot be written."""
+        self.history()
+        os.close(files.open_file(self.state / "history.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND))
 
     def findings(self, command: str) -> list[dict[str, object]]:
         """Return what earlier runs of `measure` or `probe` noted, oldest first. Raises `OSError`."""
