@@ -224,15 +224,6 @@ def completion_request(model: str, number: int | None = None, fields: Mapping[st
     return json.dumps(body).encode()
 
 
-def parse_completion(body: bytes) -> dict[str, object] | None:
-    """Return the completion; None if the body is something else. The generated text may be empty or reasoning only."""
-    try:
-        answer = json.loads(body)
-        return dict(answer) if isinstance(answer["choices"][0]["message"], dict) else None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-
-
 def request_completion(host: str, port: int, model: str, timeout: float) -> Completion:
     """Return a small chat completion of a server, received within `timeout` seconds. At least one token was generated,
     by its usage and by its text, and it has a finish reason.

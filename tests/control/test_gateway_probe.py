@@ -126,10 +126,21 @@ class TestProbe:
         assert (result.code, result.status) == ("no_completion", 503)
         assert len(at.paths) < 6
 
-    @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"choices": []}', b"<html>", b"[" * 100_000])
+    @pytest.mark.parametrize(
+        "body",
+        [
+            *(b"", b"\xff", b"null", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{}]}', b"<html>", b"[" * 100_000),
+            b'{"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 0}}',
+        ],
+        ids=lambda body: body[:40].decode(errors="replace"),
+    )
     def test_body_without_a_completion_proves_nothing(self, proxy: Callable[[Answers], Proxy], body: bytes) -> None:
         at = proxy(lambda _: (200, {}, body))
-        assert self.ask(at.url, seconds=1.5).code == "no_completion"
+        assert self.ask(at.url, seconds=0.5).code == "no_completion"
+
+    def test_tokens_without_text_are_an_answer(self, proxy: Callable[[Answers], Proxy]) -> None:
+        body = b'{"choices": [{"message": {"content": ""}}], "usage": {"completion_tokens": 4}}'
+        assert self.ask(proxy(lambda _: (200, {}, body)).url).ok
 
     def test_answer_of_a_wrong_server_is_reported_at_once(self, proxy: Callable[[Answers], Proxy]) -> None:
         at = proxy(lambda _: (200, {"x-litellm-model-api-base": "http://old:8100/v1"}, COMPLETION))

@@ -24,9 +24,9 @@ from mlxops.common.http import (
     MAX_RESPONSE_BYTES,
     NotHttp,
     completion_request,
-    parse_completion,
     send_request,
 )
+from mlxops.core.completion import NotCompletion, parse
 from mlxops.core.frozen import dataclass
 from mlxops.core.gateway import SameHost, same_base, same_name
 from mlxops.core.redaction import without_key
@@ -280,10 +280,19 @@ def _request_completion(gateway: _Gateway, question: Question, timeout: float) -
         )
     if reply is None:
         return ProbeResult(alias, "gateway_down", 0, 0, detail=f"no answer from {gateway.url}")
-    if reply.status != 200 or parse_completion(reply.body) is None:
+    if reply.status != 200 or not _has_token(reply.body):
         message = without_key(_message(reply.body), key)
         return ProbeResult(alias, "no_completion", 0, 0, reply.status, detail=f"it answered {reply.status}: {message}")
     return _judge(gateway, question, reply)
+
+
+def _has_token(body: bytes) -> bool:
+    """Return whether a token was generated, by the text or by the usage: the few first ones may have no text."""
+    try:
+        completion = parse(body)
+    except NotCompletion:
+        return False
+    return bool(completion.text or completion.tokens)
 
 
 def _judge(gateway: _Gateway, question: Question, reply: _Reply) -> ProbeResult:
