@@ -238,7 +238,7 @@ def _start(body: bytes) -> str:
 
 
 def _cut(completion: Completion, limit: int) -> bool:
-    """Return whether a completion ended at the limit, whatever its finish reason says."""
+    """Return whether a completion ended at the limit. Its finish reason may say something else."""
     return completion.finish_reason == "length" or (completion.tokens or 0) >= limit
 
 

@@ -151,13 +151,13 @@ def measured(litellm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         engines["held-ok"].start()
         gateway = running.enter_context(LiteLLM(folder / "litellm", text, environ))
         ask(gateway, "held-ok")  # the first one takes seconds
-        everybody = [*ALIASES, *ORDERED, *SYNONYMS]
-        pool = running.enter_context(ThreadPoolExecutor(len(everybody)))
+        names = [*ALIASES, *ORDERED, *SYNONYMS]
+        pool = running.enter_context(ThreadPoolExecutor(len(names)))
         asked = {}
-        for alias in everybody:
+        for alias in names:
             asked[alias] = pool.submit(ask, gateway, alias, streamed=alias.endswith("-streamed"))
             time.sleep(SPREAD)
-        time.sleep(BACK - SPREAD * len(everybody))
+        time.sleep(BACK - SPREAD * len(names))
         for alias in ("held-back", "held-back-streamed", "held-lost", "held-cut-streamed"):
             engines[alias].stop()
             engines[alias].start()
@@ -199,7 +199,7 @@ def test_slow_generation_is_not_run_twice(measured: Measured) -> None:
 
 @pytest.mark.parametrize("status", DEFAULTS)
 def test_server_that_answers_errors_is_not_asked_more_than_by_default(measured: Measured, status: int) -> None:
-    """Except with the two statuses that LiteLLM cannot tell from a swap. When it can, make a hold the default."""
+    """Two statuses look like a swap to LiteLLM, and are excepted. Once they do not, hold becomes the default."""
     assert measured.asked[f"plain-{status}"] == DEFAULTS[status]
     assert measured.asked[f"held-{status}"] == WITH_HOLD[status]
 
