@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,7 +107,28 @@ def _restore(arena: Arena, rng: random.Random, keeper: int) -> list[str]:
     return _answer(arena.run("restore"))
 
 
-SCENES: tuple[Scene, ...] = (_servers, _server_and_keeper, _two_keepers, _unload, _load, _restore)
+def _swap(arena: Arena, rng: random.Random, keeper: int) -> list[str]:
+    """Kill what is on a port while another model replaces its server."""
+    strike = threading.Timer(rng.random() * 1.5, _kill, (arena, arena.ports[0]))
+    strike.start()
+    ended = arena.run("load", model=MODELS[2], port=str(arena.ports[0]), force=True)
+    strike.join()
+    return _answer(ended)
+
+
+def _paused(arena: Arena, rng: random.Random, keeper: int) -> list[str]:
+    """Let both servers end, and one of them be unloaded, while the keeper stands still."""
+    os.kill(keeper, signal.SIGSTOP)
+    for port in arena.ports[:2]:
+        _kill(arena, port)
+    ended = arena.run("unload", port=str(arena.ports[0]))
+    os.kill(keeper, signal.SIGCONT)
+    wrong = _answer(ended) + _healed(arena)
+    row = oracle.rows_by_port(arena)[arena.ports[0]]
+    return wrong + ([] if row["state"] == "idle" or ended.exit else [f"the unload was undone: {row}"])
+
+
+SCENES: tuple[Scene, ...] = (*(_servers, _server_and_keeper, _two_keepers, _unload, _load, _restore, _swap, _paused),)
 
 
 def _answer(ended: Ended) -> list[str]:
