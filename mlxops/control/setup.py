@@ -33,7 +33,8 @@ LOOK_SECONDS = 15.0
 """For one look. A folder of a dead network volume does not answer at all, and a stuck program cannot be killed."""
 MAX_SLOW = 4
 """Stuck looks, each of which keeps a session of the host's sshd, which allows ten."""
-MAX_PLACES = 400
+MOST_AT_ONCE = 200
+"""Folders that one look gets as its arguments: Linux allows 128 kB for the command of an SSH session."""
 
 _SAY = r"""
 new_line='
@@ -82,6 +83,7 @@ only named, which does not touch them."""
 LOOK_IN_PLACES = rf"""{_SAY}
 for place in "$@"; do
     say at "$place"
+    [ -d "$place" ] || continue
     [ -L "$place" ] && [ "$(cd -- "$place" && pwd -P)" = / ] && continue
     case "$place" in "$HOME"/*|/opt/*)
         for folder in "$place"/.venv/bin "$place"/venv/bin "$place"/bin; do
@@ -165,18 +167,19 @@ def look_in_places(transport: Transport, places: Sequence[str]) -> tuple[Rows, l
     """
     rows: Rows = []
     slow: list[str] = []
-    left, beyond = list(places[:MAX_PLACES]), list(places[MAX_PLACES:])
+    left = list(dict.fromkeys(places))
     while left and len(slow) < MAX_SLOW:
-        found, stuck = _look(transport, LOOK_IN_PLACES, *left)
+        now = left[:MOST_AT_ONCE]
+        found, stuck = _look(transport, LOOK_IN_PLACES, *now)
         rows += found
         if not stuck:
-            left = []
-        elif stuck in left:
+            left = left[len(now) :]
+        elif stuck in now:
             slow.append(stuck)
             left = left[left.index(stuck) + 1 :]
         else:
             break
-    return rows, [*slow, *left, *beyond]
+    return rows, [*slow, *left]
 
 
 def _look(transport: Transport, script: str, *arguments: str) -> tuple[Rows, str]:

@@ -256,6 +256,13 @@ def test_folders_that_answer_are_all_looked_at(places: list[Path], tmp_path: Pat
     assert not [*tmp_path.rglob("canary")] and not Path("canary").exists()
 
 
+def test_many_folders_are_all_looked_at(places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "MOST_AT_ONCE", 3)
+    (tmp_path / "file").touch()
+    before = [tmp_path / "file", *(tmp_path / str(number) for number in range(7))]
+    assert look_in(LocalTransport(), [*before, *places]) == ([f"1 {place}/x/hub" for place in places], [])
+
+
 def test_name_with_a_line_break_is_no_other_fact(tmp_path: Path) -> None:
     (tmp_path / "x\nmlxops-setup\thub\t9 " / "evil" / "hub" / "models--org--m").mkdir(parents=True)
     assert look_in(LocalTransport(), [tmp_path]) == ([], [])
