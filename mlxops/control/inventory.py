@@ -54,6 +54,18 @@ class YAMLValue:
     def raw(self) -> str:
         return str(self.node.value) if isinstance(self.node, yaml.ScalarNode) else ""
 
+    @property
+    def _shown(self) -> str:
+        """Return the value for a message, without what may be a secret."""
+        from mlxops.core.redaction import HIDDEN, redact
+
+        return shown(HIDDEN if self._may_be_secret else redact(self.raw))
+
+    @property
+    def _may_be_secret(self) -> bool:
+        """Return whether this is in `env`, and no number or the like."""
+        return re.search(r"\.env\b", self.key) is not None and self.kind not in ("number", "boolean", "date")
+
     def bad(self, what: str, why: str, hint: str) -> UsageError:
         place = f"{self.file}:{self.line}: {self.key}: " if self.key else f"{self.file}: "
         return UsageError("bad_hosts_file", place + what, why=why, hint=hint)
@@ -102,7 +114,7 @@ class YAMLValue:
             raise self._wrong_kind("text")
         if not self.raw.isprintable():
             raise self.bad(
-                f"has a character that cannot be shown: {shown(self.raw)}",
+                f"has a character that cannot be shown: {self._shown}",
                 "line ends, NUL, escape sequences and invisible characters are never part of a setting",
                 "remove it",
             )
@@ -128,7 +140,7 @@ class YAMLValue:
         return YAMLValue(self.file, f"{self.key}.{name}" if self.key else name, node.start_mark.line + 1, node)
 
     def _wrong_kind(self, wanted: str) -> UsageError:
-        kind, raw, why = self.kind, shown(self.raw), f"it must be {wanted}"
+        kind, raw, why = self.kind, self._shown, f"it must be {wanted}"
         if kind in ("mapping", "list"):
             return self.bad(f"is a {kind}", why, _SEE_EXAMPLE)
         if kind == "text":
@@ -144,7 +156,8 @@ class YAMLValue:
             hint = f'{why}; quote it: "{self.raw}"' if wanted == "text" else f"make it {wanted}"
             return self.bad(what, _BOOLEAN_WORDS, hint)
         article = {"number": "a number", "date": "a date"}.get(kind, f"of the YAML type {shown(kind)}")
-        hint = f'quote it: "{self.raw}"' if wanted == "text" and self.raw.isprintable() else f"make it {wanted}"
+        quotable = wanted == "text" and self.raw.isprintable() and not self._may_be_secret
+        hint = f'quote it: "{self.raw}"' if quotable else f"make it {wanted}"
         return self.bad(f"{raw} is {article}", why, hint)
 
 

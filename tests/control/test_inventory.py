@@ -295,6 +295,21 @@ def test_word_for_true_or_false_is_quoted_only_where_text_belongs(tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "env: KEY=sk1",
+        "env: sk1",
+        'env: {A: "sk1\\t"}',
+        "env: {A: !x sk1}",
+        'hub: "http://me:sk1@x\\t"',
+        "python: --api-key sk1",
+    ],
+)
+def test_value_that_may_be_a_secret_is_not_shown(tmp_path: Path, setting: str) -> None:
+    assert "sk1" not in str(refusal(tmp_path, one(setting)).to_wire())
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("", "is empty"),
