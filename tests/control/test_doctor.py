@@ -312,6 +312,11 @@ def test_what_the_control_node_sees_is_a_finding(
     assert (reply.error and int(reply.error.exit)) == exits
 
 
+def test_host_that_does_not_answer_has_no_build_and_no_clock() -> None:
+    for reply in (judged(None, Unreachable("host_unreachable", "away")), command._host_reply(TARGET, OSError(), [])):
+        assert reply.result and (reply.result.build, reply.result.clock) == ("", None)
+
+
 def test_agreeing_clocks_and_builds_are_no_finding() -> None:
     assert judged().result == replace(RESULT, checks=("connection", "ports"))
 

@@ -100,7 +100,8 @@ def _control_node(
         checks["gateway"] = lambda: gateway.findings(configured, targets)
     findings = [Finding.because(FindingCode.HOSTS_FILE_BAD, problem)] if problem else []
     findings += make(HOST_SECONDS, checks)
-    return _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
+    result = _result(findings, (*checks, *(["hosts.yaml"] if problem else [])), node.facts())
+    return replace(result, build=build_id(), clock=time.time())
 
 
 def _own_reply(outcome: DoctorResult | Answer | Exception) -> HostReply[DoctorResult]:
@@ -115,7 +116,7 @@ def _result(
 ) -> DoctorResult:
     """`flags`: what a suggested command needs to go to the host."""
     rows = tuple(_aimed(FindingRow.of(each), flags) for each in worst_first(findings))
-    return DoctorResult(rows, tuple(checks), facts, build_id(), time.time())
+    return DoctorResult(rows, tuple(checks), facts)
 
 
 def _aimed(row: FindingRow, flags: str) -> FindingRow:
