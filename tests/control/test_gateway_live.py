@@ -359,8 +359,8 @@ def test_speed_through_the_gateway_is_compared_with_that_of_the_server(empty: Pl
         assert same is None or figure["prompt_tokens"] == pytest.approx(same["prompt_tokens"], rel=0.1)
     answer = f"measure: {ALIAS} through {empty.gateway.url}, round 1 of 1"
     assert answer in done.stderr
-    history = [json.loads(line) for line in (lab.studio.state / "history.jsonl").read_text().splitlines()]
-    recorded = [each for each in history if each["command"] == "measure" and each["engine"] == engine_name]
+    runs = [json.loads(line) for line in (lab.studio.state / "measure.jsonl").read_text().splitlines()]
+    recorded = [each for each in runs if each["engine"] == engine_name]
     assert len(recorded) == 1, "only the server itself is recorded"
 
 

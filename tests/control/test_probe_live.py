@@ -23,7 +23,7 @@ from tests.steps import register
 
 pytestmark = pytest.mark.timeout(600)
 
-OF_THE_SERVER = ("tokens", "stream", "parallel", "cancel")
+OF_THE_SERVER = ("tokens", "stream", "cancel")
 """Checks that a server passes whatever its model says. A random model may even say markup."""
 SHARED = """\
 - model_name: shared
@@ -89,6 +89,7 @@ def test_real_engines_have_their_verdicts(lab: Homelab, way: str) -> None:
     assert len(ports) == (3 if cache.has_openai_server() else 2), str(done)
     for port, verdicts in ports.items():
         assert {check: verdicts[check] for check in OF_THE_SERVER} == dict.fromkeys(OF_THE_SERVER, "pass"), port
+        assert verdicts["parallel"] in {"pass", "skip"}, "a tiny model may end its stream too early to tell"
         assert {check for check, verdict in verdicts.items() if verdict == "fail"} <= {"markup"}
     good = ports[lab.studio.ports[2]]
     assert {verdict for check, verdict in good.items() if check != "json"} == {"pass"}, good
