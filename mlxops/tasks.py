@@ -449,10 +449,10 @@ def setup(cli: Cli, request: Setup) -> None:
     reply = look_at(request.ssh)
     cli.show([reply])
     if reply.error is None:
-        told = (
+        text = (
             f"put it into ~/.config/mlxops/hosts.yaml and read its comments; then `mlxctl deploy --host {reply.host}`"
         )
-        cli.console.hear("", Note.of(told))
+        cli.console.hear("", Note.of(text))
 
 
 def completion(cli: Cli, request: Completion) -> None:

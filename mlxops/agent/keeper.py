@@ -32,7 +32,7 @@ from mlxops.core.deaths import Death, Wedged
 from mlxops.core.errors import Exit, MlxopsError
 from mlxops.core.frozen import dataclass
 from mlxops.core.records import Operation, Run
-from mlxops.core.wedged import Answer, failures, is_told
+from mlxops.core.wedged import Answer, failures, is_reported
 
 TICK_SECONDS = 1.0
 """How soon it notices a new run record, which costs one stat(2)."""
@@ -133,7 +133,7 @@ class Keeper:
     """The running round of completions."""
     failures: dict[int, int] = field(default_factory=dict)
     """In how many rounds in a row the server of a port completed nothing."""
-    told: dict[int, int] = field(default_factory=dict)
+    reported: dict[int, int] = field(default_factory=dict)
     """How many rounds that were when it was last acted on."""
 
     def run(self) -> NoReturn:
@@ -206,8 +206,8 @@ class Keeper:
             if failed == 0:
                 self.forget_failures(port)
             self.failures[port] = failed
-            if is_told(failed, self.told.get(port), in_use=asked.in_use):
-                self.told[port] = failed
+            if is_reported(failed, self.reported.get(port), in_use=asked.in_use):
+                self.reported[port] = failed
                 self.begin_pass(Wedged(port, run.pid, run.start))
             elif port in answered and store.silence(run):
                 with contextlib.suppress(MlxopsError):
@@ -215,7 +215,7 @@ class Keeper:
 
     def forget_failures(self, port: int) -> None:
         self.failures.pop(port, None)
-        self.told.pop(port, None)
+        self.reported.pop(port, None)
 
     def ended(self, pid: int) -> None:
         if pid in self.passes:

@@ -79,7 +79,7 @@ class Cli:
         try:
             if not self.common.detach:
                 return client.ask(target, request, hear)
-            return self._told(client.start(target, request, hear))
+            return self._started(client.start(target, request, hear))
         except KeyboardInterrupt:
             if not operation:
                 raise
@@ -90,11 +90,11 @@ class Cli:
             return HostReply(target.name, error=self._cancel(target, operation))
         return HostReply(target.name, error=_left_running(target, operation))
 
-    def _told(self, reply: HostReply[R]) -> HostReply[R]:
+    def _started(self, reply: HostReply[R]) -> HostReply[R]:
         """Say how to follow an operation that was started."""
         if reply.operation:
-            told = aimed(f"it was started; wait for it: `mlxctl ops --follow {reply.operation}`", reply.flags)
-            self.console.hear(reply.host, Note(told))
+            text = aimed(f"it was started; wait for it: `mlxctl ops --follow {reply.operation}`", reply.flags)
+            self.console.hear(reply.host, Note(text))
         return reply
 
     def change_each(self, targets: Sequence[HostTarget], request: Request[R]) -> tuple[HostReply[R], ...]:

@@ -56,9 +56,9 @@ def is_wedged(failed: int, *, in_use: bool) -> bool:
     return failed >= (FAILURES_IN_USE if in_use else FAILURES)
 
 
-def is_told(failed: int, told: int | None, *, in_use: bool) -> bool:
+def is_reported(failed: int, reported: int | None, *, in_use: bool) -> bool:
     """Whether to act now on a wedged server: at once, and then every `AGAIN` rounds.
 
-    `told`: how often it had failed when this last returned true. Its clients may come and go from round to round.
+    `reported`: how often it had failed when this last returned true. Its clients may come and go from round to round.
     """
-    return is_wedged(failed, in_use=in_use) and (told is None or failed - told >= AGAIN)
+    return is_wedged(failed, in_use=in_use) and (reported is None or failed - reported >= AGAIN)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mlxops.core.deaths import MEMORY, UNKNOWN, Death, Wedged, cause_of, from_text, memory_deaths
-from mlxops.core.wedged import BUSY_SHARE, FAILURES, FAILURES_IN_USE, Answer, Asked, failures, is_told, is_wedged
+from mlxops.core.wedged import BUSY_SHARE, FAILURES, FAILURES_IN_USE, Answer, Asked, failures, is_reported, is_wedged
 
 SILENT = Answer.SILENT
 ROUNDS = {
@@ -39,12 +39,12 @@ def told(rounds: int, *, in_use: Callable[[int], bool]) -> list[int]:
     """Return in which rounds a server that completes nothing is told."""
     found: list[int] = []
     for failed in range(1, rounds):
-        if is_told(failed, found[-1] if found else None, in_use=in_use(failed)):
+        if is_reported(failed, found[-1] if found else None, in_use=in_use(failed)):
             found.append(failed)
     return found
 
 
-def test_wedged_server_is_told_at_once_and_then_seldom_also_if_its_clients_come_and_go() -> None:
+def test_wedged_server_is_reported_at_once_and_then_seldom_also_if_its_clients_come_and_go() -> None:
     assert told(30, in_use=lambda failed: False) == [3, 13, 23]
     assert told(30, in_use=lambda failed: True) == [12, 22]
     assert told(30, in_use=lambda failed: failed <= 3) == [4, 14, 24]

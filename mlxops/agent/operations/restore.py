@@ -78,7 +78,12 @@ def _stop_wedged(ctx: Context, request: Restore) -> None:
         run = view.run
         same = run is not None and f"{run.pid} {run.start}" == request.wedged
         if run is None or not same or view.owner is not Owner.MLXOPS or run.adopted or run.stopped_by:
-            raise Refused("not_wedged", f"port {port} has another server now, or none", why="it has changed meanwhile")
+            raise Refused(
+                "not_wedged",
+                f"port {port} has another server now, or none",
+                why="it changed after the keeper had judged it",
+                hint="look: `mlxctl status`",
+            )
         stop(ctx, view)
 
 

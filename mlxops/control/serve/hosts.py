@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from traceback import format_exc
 
 from mlxops.control.client import HostReply, HostTarget
 from mlxops.control.watch.link import CLOSE_SECONDS, Observation, Watch
 from mlxops.control.watch.view import stamp
 from mlxops.core.commands.observe import Observe, ObserveResult
-from mlxops.core.errors import Bug, MlxopsError
+from mlxops.core.errors import MlxopsError, bug
 from mlxops.core.metrics import HostView, after_look
 from mlxops.core.protocol import Event
 from mlxops.core.tables import one_line
@@ -53,8 +54,7 @@ class Looker:
             try:
                 self._look_until_closed()
             except Exception as error:  # noqa: BLE001 - a bug about one host must not hide the others
-                what = f"{type(error).__name__}: {error}"
-                self._take(HostReply(self.target.name, error=Bug("bug", f"mlxops failed: {what}")))
+                self._take(HostReply(self.target.name, error=bug(error, format_exc())))
             self._closing.wait(RETRY_SECONDS)
 
     def _look_until_closed(self) -> None:
