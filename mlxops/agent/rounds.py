@@ -54,6 +54,8 @@ def begin(system: System, host: str, runs: Sequence[Run]) -> Round:
 def _ask(system: System, host: str, run: Run) -> Asked:
     try:
         pids = [process.pid for process in system.process_table(()).group(run.pgid)]
+        if run.pid not in pids:
+            return Asked(Answer.UNKNOWN)  # of no process, all processor time is 0: it would look idle
         used, began = system.cpu_seconds(pids), time.monotonic()
         with socket.create_connection((host, run.port), ANSWER_SECONDS) as connection:
             answer = _complete(connection, host, run.alias, began + ANSWER_SECONDS)

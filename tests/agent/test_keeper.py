@@ -223,6 +223,9 @@ def test_round_tells_silent_servers_from_others(kept: KeptHost, monkeypatch: pyt
     assert (found[mute.port].share or 0) < 0.5
     with socket.create_connection((kept.host.studio.address, mute.port)):
         assert asked()[mute.port].in_use, "another client is connected"
+    elsewhere = rounds.begin(this_system(), kept.host.studio.address, [replace(mute, pgid=well.pgid)])
+    wait_until(lambda: elsewhere.over, 10, "the end of the round")
+    assert elsewhere.results[mute.port] == Asked(Answer.UNKNOWN), "its processor time is not known"
     kill(mute)
     wait_until(lambda: not kept.host.studio.listening(mute.port), 10, "its end")
     assert asked()[mute.port] == Asked(Answer.UNKNOWN)
