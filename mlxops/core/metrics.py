@@ -49,13 +49,13 @@ HOST_ERROR = Family("mlxops_host_error_info", "Why the last look at the host fai
 HOST_SEEN = Family(
     "mlxops_host_last_contact_timestamp_seconds", "When the host last gave its status, in seconds since 1970.", _HOST
 )
-LOOKS = Family("mlxops_looks_total", "Looks at the host since mlxctl serve was started.", _HOST)
+LOOKS = Family("mlxops_looks_total", "Looks at the host since `serve` was started.", _HOST)
 FAILED_LOOKS = Family("mlxops_failed_looks_total", "Looks at the host that failed.", _HOST)
 
 PORT_STATE = Family("mlxops_port_state", "1 for the state that the port is in, 0 for the others.", (*_PORT, "state"))
 PORT_SINCE = Family(
     "mlxops_port_state_since_timestamp_seconds",
-    "Since when mlxctl serve has seen the port in its state, in seconds since 1970.",
+    "Since when `serve` has seen the port in its state, in seconds since 1970.",
     _PORT,
 )
 PORT_INFO = Family(
@@ -78,7 +78,7 @@ RESTARTS = Family(
 )
 
 OPERATIONS = Family(
-    "mlxops_operations_total", "Operations that ended since mlxctl serve was started, by outcome.", (*_HOST, "outcome")
+    "mlxops_operations_total", "Operations that ended since `serve` was started, by outcome.", (*_HOST, "outcome")
 )
 RUNNING = Family("mlxops_operations_running", "Operations that run now.", _HOST)
 DRIFT = Family("mlxops_drift", "Differences between the registry and what runs, by code.", (*_HOST, "code"))

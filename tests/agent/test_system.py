@@ -173,7 +173,9 @@ def test_memory_is_in_bytes(system: System) -> None:
 @linux
 @both
 def test_ignored_signals_are_seen(stack: ExitStack, system: System) -> None:
-    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); input()"
+    # A shell's `nohup`, below which the tests may run, ignores SIGHUP for all of its children.
+    signals = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGHUP, s.SIG_DFL)"
+    program = f"{signals}; print('up', flush=True); input()"
     waiting = child(stack, sys.executable, "-S", "-c", program, stdout=subprocess.PIPE)
     assert waiting.stdout is not None and waiting.stdout.readline()
     ignored = [system.ignores(waiting.pid, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

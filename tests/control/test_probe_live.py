@@ -89,10 +89,11 @@ def test_real_engines_have_their_verdicts(lab: Homelab, way: str) -> None:
     assert len(ports) == (3 if cache.has_openai_server() else 2), str(done)
     for port, verdicts in ports.items():
         assert {check: verdicts[check] for check in OF_THE_SERVER} == dict.fromkeys(OF_THE_SERVER, "pass"), port
-        assert verdicts["parallel"] in {"pass", "skip"}, "a tiny model may end its stream too early to tell"
+        # A tiny model's stream may end too early to tell; on a busy machine, before the second request is answered.
+        assert verdicts["parallel"] in {"pass", "skip", "warn"}, port
         assert {check for check, verdict in verdicts.items() if verdict == "fail"} <= {"markup"}
     good = ports[lab.studio.ports[2]]
-    assert {verdict for check, verdict in good.items() if check != "json"} == {"pass"}, good
+    assert {verdict for check, verdict in good.items() if check not in ("json", "parallel")} == {"pass"}, good
     assert ports[lab.studio.ports[0]]["length"] == "pass", "mlx-lm says when an answer is cut"
 
 

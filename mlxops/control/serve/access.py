@@ -70,7 +70,7 @@ def refusal(access: Access, headers: Headers) -> Refusal | None:
     """Return why a request is refused; None if it is accepted."""
     host = _only(headers, b"host")
     if host is None or not _is_ours(access, host):
-        return Refusal(403, "this name is not known here; see: mlxctl help serve")
+        return Refusal(403, "this name is not known here; see: `mlxctl help serve`")
     if _all(headers, b"origin") not in ([], [f"http://{host}"]):
         return Refusal(403, "requests of other sites are refused")
     if access.token is not None and not _has_token(headers, access.token):
