@@ -52,6 +52,9 @@ class Ports(LinuxSystem):
     def ports_of(self, pid: int) -> frozenset[int] | None:
         return self.ports[f"pid{pid}"]
 
+    def folder(self, pid: int) -> str | None:
+        return "/"  # pids of this machine have folders of their own
+
 
 def hand_started(
     paths: HostPaths, port: int, *processes: Process, listening: int = 0, **ports: frozenset[int] | None
@@ -88,6 +91,10 @@ class TestPort:
     def test_port_has_a_server_that_does_not_listen_yet(self, paths: HostPaths, port: int) -> None:
         found = hand_started(paths, port, engine(port), pid77=NOWHERE)
         assert found.listening is None and [each.pid for each in found.portless] == [77]
+
+    def test_port_has_no_server_that_waits_behind_the_gate(self, paths: HostPaths, port: int) -> None:
+        waiting = replace(engine(port), argv=("python", "/x/mlxops_start.py", "7", "mlx_lm.server", *engine(port).argv))
+        assert hand_started(paths, port, waiting, pid77=NOWHERE) == ByHand()
 
     def test_port_has_a_server_that_lost_it_to_another(self, paths: HostPaths, port: int) -> None:
         found = hand_started(paths, port, engine(port), engine(port, 78), listening=77, pid78=NOWHERE)

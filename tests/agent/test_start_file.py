@@ -27,7 +27,7 @@ from mlxops.agent.engines.installation import interpreter_of
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import this_system
 from mlxops.agent.serving.mlxops_start import SILENCE_SECONDS, Stream
-from mlxops.agent.serving.processes import PendingProcess, spawn
+from mlxops.agent.serving.processes import PendingProcess, spawn, waits
 from tests.lab.world import wait_until
 
 SYSTEM = this_system()
@@ -324,6 +324,21 @@ def test_program_that_cannot_import_its_modules_ends_before_the_gate_opens(tmp_p
     process.open(tmp_path)
     assert "No module named 'no_such_module'" in (tmp_path / "log").read_text()
     assert not (tmp_path / "started").exists()
+
+
+def test_process_behind_the_gate_is_no_server_yet(tmp_path: Path) -> None:
+    process = spawn(
+        SYSTEM, [str(script(tmp_path))], {"FOLDER": str(tmp_path)}, tmp_path / "log", (sys.executable, "json")
+    )
+    try:
+        assert process.ready(20)
+        row = SYSTEM.process(process.pid)
+        assert row is not None and waits(SYSTEM, row)
+        Engine(tmp_path, process).serve()
+        assert not waits(SYSTEM, row)
+    finally:
+        process.child.kill()
+        process.child.wait()
 
 
 def test_preloaded_process_is_recognised_by_its_program() -> None:

@@ -59,10 +59,19 @@ def locks_free(arena: Arena) -> list[str]:
     return [f"locks held without a live process: {held}"] if held else []
 
 
+def _waits(process: tuple[int, str]) -> bool:
+    """Return whether a process waits behind a gate, or imports its modules. It ends there if its worker was killed."""
+    pid, words = process
+    try:
+        return "gate.py" in words or ("mlxops_start.py" in words and os.readlink(f"/proc/{pid}/cwd") == "/")
+    except OSError:  # it has ended
+        return False
+
+
 def nothing_hidden(arena: Arena) -> list[str]:
     """Every live server is in its port's row of `status`, and no port has two."""
     deadline = time.monotonic() + GATE_SECONDS
-    while any("gate.py" in words for words in arena.servers().values()) and time.monotonic() < deadline:
+    while any(map(_waits, arena.servers().items())) and time.monotonic() < deadline:
         time.sleep(0.002)
     rows = rows_by_port(arena)
     servers = arena.servers()

@@ -12,7 +12,7 @@ from mlxops.agent.host.memory import HostMemory
 from mlxops.agent.host.system import System, this_system
 from mlxops.agent.hub.snapshot import shape, weight_files
 from mlxops.agent.paths import HostPaths
-from mlxops.agent.serving import servers
+from mlxops.agent.serving import processes, servers
 from mlxops.agent.serving.observe import real_path, repo_of
 from mlxops.agent.serving.servers import ServerProcess
 from mlxops.core import memory
@@ -69,6 +69,8 @@ def in_use(world: World, system: System, reserved: Mapping[int, Operation]) -> t
     table = system.process_table(())
     uses, ports_seen = [], set()
     for server in servers.find_servers(table):
+        if processes.waits(system, server.process):
+            continue  # its operation has reserved its memory
         view = next((v for v in world.ports.values() if {v.pid, *v.members} & set(server.family)), None)
         uses.append(_use(world, system, server, view))
         ports_seen |= {view.port} if view else set()

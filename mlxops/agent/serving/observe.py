@@ -195,7 +195,8 @@ class ByHand:
 
 def _hand_started(paths: HostPaths, system: System, table: ProcessTable, ports: Iterable[int]) -> Mapping[int, ByHand]:
     """Return this user's servers by port: the port on which they listen, else the port in their arguments."""
-    mine = [each for each in servers.find_servers(table) if each.process.uid == os.getuid()]
+    found = (each for each in servers.find_servers(table) if each.process.uid == os.getuid())
+    mine = [each for each in found if not processes.waits(system, each.process)]
     silent = [each for each in mine if not any(set(each.family) & listener.pids for listener in table.listeners)]
     by_port: dict[int, ByHand] = {}
     for port in ports:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxops.agent.engines import ENGINES
-from mlxops.agent.engines.argv import START_FILE
+from mlxops.agent.engines.argv import START_FILE, is_preloaded
 from mlxops.agent.host.programs import MARK
 from mlxops.agent.host.system import Process, ProcessTable, System
 from mlxops.agent.serving import servers
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 GATE = Path(__file__).with_name("gate.py")
 PRELOADING_GATE = Path(__file__).with_name(START_FILE)
+WAITING_FOLDER = "/"
+"""The working directory of a process behind the gate. It gets the server's when the gate is opened."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ def spawn(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd="/",
+                cwd=WAITING_FOLDER,
                 env=dict(env),
                 start_new_session=True,
                 pass_fds=(theirs.fileno(),),
@@ -121,6 +123,14 @@ def spawn(
             hint="try again; if it fails again, see the host's system log",
         )
     return PendingProcess(child, ours, process.start)
+
+
+def waits(system: System, process: Process) -> bool:
+    """Return whether a process waits behind the start file's gate, whose command is already that of the server.
+
+    It becomes a server later, or ends by itself.
+    """
+    return is_preloaded(process.argv) and system.folder(process.pid) == WAITING_FOLDER
 
 
 def leader(system: System, processes: Mapping[int, Process], run: Run) -> Process | None:
