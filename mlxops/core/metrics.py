@@ -71,7 +71,9 @@ PORT_MEMORY = Family("mlxops_port_memory_bytes", "What all processes of the serv
 LOADS = Family("mlxops_loads_total", "Loads that the history of the host has.", _PORT)
 UNLOADS = Family("mlxops_unloads_total", "Unloads that the history of the host has.", _PORT)
 SWAPS = Family("mlxops_swaps_total", "Loads that left the port without a server for a time.", _PORT)
-DOWNTIME = Family("mlxops_swap_downtime_seconds_total", "How long swaps left the port without a server.", _PORT)
+DOWNTIME = Family(
+    "mlxops_swap_downtime_seconds_total", "How long swaps, also failed ones, left the port without a server.", _PORT
+)
 DEATHS = Family("mlxops_deaths_total", "Servers that ended by themselves, by cause.", (*_PORT, "cause"))
 RESTARTS = Family(
     "mlxops_restarts_total", "Starts by restore or the keeper, by the cause of the death before.", (*_PORT, "cause")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from mlxops.core import planner
 from mlxops.core.commands.observe import PortTotals
 from mlxops.core.frozen import dataclass
 from mlxops.core.measuring import Figure, figures_of
-from mlxops.core.planner import LONGEST_SWAP
 
 CAUSES = ("memory", "unknown")
 """Why a server ended. What a later version writes beside these counts as unknown."""
@@ -42,7 +42,11 @@ class HistoryTotals:
             return
         match line.get("command"):
             case "load":
-                self._add_load(port, line.get("downtime_seconds"))
+                self._counts[port, "loads"] += 1
+                if self._add_downtime(port, line.get("downtime_seconds")):
+                    self._counts[port, "swaps"] += 1
+            case planner.SWAP_UNDONE:
+                self._add_downtime(port, line.get("downtime_seconds"))
             case "unload":
                 self._counts[port, "unloads"] += 1
             case "died":
@@ -63,11 +67,12 @@ class HistoryTotals:
             restarts={cause: self._restarts[port, cause] for cause in CAUSES},
         )
 
-    def _add_load(self, port: int, downtime: object) -> None:
-        self._counts[port, "loads"] += 1
-        if isinstance(downtime, int | float) and 0 <= downtime < LONGEST_SWAP:
-            self._counts[port, "swaps"] += 1
-            self._downtime[port] = self._downtime.get(port, 0.0) + downtime
+    def _add_downtime(self, port: int, downtime: object) -> bool:
+        """Return whether there was any."""
+        if not isinstance(downtime, int | float) or not 0 <= downtime < planner.LONGEST_SWAP:
+            return False
+        self._downtime[port] = self._downtime.get(port, 0.0) + downtime
+        return True
 
     def _add_measured(self, port: int, line: Mapping[str, object]) -> None:
         at, model, revision = (line.get(key) for key in ("at", "model", "revision"))

@@ -9,6 +9,7 @@ import pytest
 
 from mlxops.agent.operations import observe
 from mlxops.agent.operations.observe import _History
+from mlxops.agent.state.store import Store
 
 
 def line(port: int = 8100) -> bytes:
@@ -60,3 +61,13 @@ def test_history_that_is_too_long_has_no_totals(tmp_path: Path, monkeypatch: pyt
     path.unlink()
     path.mkdir()
     assert loads(_History(), path) is None
+
+
+def test_last_speeds_are_read_from_where_measure_notes_them(tmp_path: Path) -> None:
+    store = Store(tmp_path, tmp_path / "registry.json")
+    figure = {"prompt": "long", "cache": "cold", "streams": 1, "metric": "decode", "low": 1, "high": 3, "rounds": 5}
+    older = {"at": "2026-11-26T23:24:26Z", "command": "measure", "model": "a", "rows": [figure | {"median": 1}]}
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(older | {"port": port}) + "\n" for port in (8100, 8101)))
+    store.append_history(command="measure", port=8100, model="b", rows=[figure | {"median": 2}])
+    _, measured = observe._read_totals(tmp_path)
+    assert {port: each.figures[0].median for port, each in measured.items()} == {8100: 2, 8101: 1}

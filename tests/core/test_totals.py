@@ -19,9 +19,11 @@ def counted(*lines: dict[str, object]) -> HistoryTotals:
 
 
 def test_loads_swaps_and_downtime_are_counted_by_port() -> None:
-    totals = counted(LOAD, LOAD | {"downtime_seconds": 2.5}, LOAD | {"downtime_seconds": 1}, LOAD | {"port": 8101})
+    undone = {"command": "swap_undone", "port": 8100, "downtime_seconds": 4}
+    swaps = [LOAD | {"downtime_seconds": 2.5}, LOAD | {"downtime_seconds": 1}, undone]
+    totals = counted(LOAD, *swaps, LOAD | {"port": 8101})
     found = totals.of(8100)
-    assert (found.loads, found.swaps, found.downtime_seconds) == (3, 2, 3.5)
+    assert (found.loads, found.swaps, found.downtime_seconds) == (3, 2, 7.5)
     assert totals.of(8101).loads == 1 and totals.of(8102).loads == 0
 
 

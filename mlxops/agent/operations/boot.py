@@ -9,7 +9,7 @@ from mlxops.agent.host.system import ProcessTable
 from mlxops.agent.service import restore_job
 from mlxops.agent.service.boot_jobs import BootJobs
 from mlxops.agent.service.restore_job import RestoreJob, ServiceManager
-from mlxops.agent.state.store import KEEPER, Store, state_unwritable
+from mlxops.agent.state.store import state_unwritable
 from mlxops.core.commands.boot import Boot, BootJobRow, BootResult
 from mlxops.core.ports import JobState
 
@@ -54,17 +54,8 @@ def _boot_result(
         boot_job=rows[0] if rows else None,
         boot_jobs=tuple(rows),
         installed=restore_job.kind_of(manager.job_paths(job)),
-        keeper=running_keeper(ctx.store),
+        keeper=ctx.store.running_keeper(),
     )
-
-
-def running_keeper(store: Store) -> str | None:
-    """Describe the keeper that runs; None if there is none, or if that is not known."""
-    try:
-        holder = store.holder(KEEPER)
-    except OSError:
-        return None
-    return f"{holder.id}, since {holder.since}" if holder else None
 
 
 def _job_row(state: JobState) -> BootJobRow:

@@ -24,7 +24,7 @@ from mlxops.common import files
 from mlxops.core.commands.observe import EndedOperation, Observe, ObservedPort, ObserveResult
 from mlxops.core.commands.status import Status
 from mlxops.core.ports import Owner, PortView
-from mlxops.core.totals import HistoryTotals
+from mlxops.core.totals import HistoryTotals, Measured
 
 MAX_HISTORY_BYTES = 64 * 1024 * 1024
 """A longer history is not counted: it would take seconds, and a part of it would give wrong totals."""
@@ -34,23 +34,29 @@ _CHUNK = 1024 * 1024
 def run(ctx: Context, request: Observe) -> ObserveResult:
     registry, world = ctx.registry_and_world()
     status = look(ctx, Status(), registry, world)
-    totals = _history.read(ctx.store.state / "history.jsonl")
+    totals, measured = _read_totals(ctx.store.state)
     views = [world.ports[row.port] for row in status.ports]
     logs = recent_operations(ctx.store.state / "ops")
     ended = _ended(logs)
     return ObserveResult(
         status=status,
         memory=memory_row(ctx, world),
-        ports=tuple(_port(ctx, view, totals) for view in views),
+        ports=tuple(_port(ctx, view, totals, measured.get(view.port)) for view in views),
         running=len(logs) - len(ended),
         ended=ended,
     )
 
 
-def _port(ctx: Context, view: PortView, totals: HistoryTotals | None) -> ObservedPort:
+def _read_totals(state: Path) -> tuple[HistoryTotals | None, dict[int, Measured]]:
+    """Return the counts of the history, and the last run of `measure` on each port. Older builds wrote the runs into
+    the history."""
+    totals, runs = _history.read(state / "history.jsonl"), _runs.read(state / "measure.jsonl")
+    return totals, {**(totals.measured if totals else {}), **(runs.measured if runs else {})}
+
+
+def _port(ctx: Context, view: PortView, totals: HistoryTotals | None, measured: Measured | None) -> ObservedPort:
     run = view.run if view.owner is Owner.MLXOPS else None
     record = last_verdicts(ctx.store, run) if run else None
-    measured = totals.measured.get(view.port) if totals else None
     if measured and (measured.model, measured.revision) != (view.model, view.revision):
         measured = None
     return ObservedPort(
@@ -85,7 +91,7 @@ def _ended(logs: Sequence[OperationLog]) -> tuple[EndedOperation, ...]:
 
 
 class _History:
-    """The totals of a history that grows. A call of `read` reads what was appended since the last one."""
+    """The totals of a growing history or file of findings. A call of `read` reads what was appended since the last one."""
 
     def __init__(self) -> None:
         self._start_again(None)
@@ -131,4 +137,4 @@ class _History:
         return whole > 0
 
 
-_history = _History()
+_history, _runs = _History(), _History()

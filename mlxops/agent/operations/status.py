@@ -12,7 +12,6 @@ from mlxops.agent.paths import settings_differ
 from mlxops.agent.state.durable_files import list_matching
 from mlxops.agent.state.locks import NoLocks
 from mlxops.agent.state.operation_log import operation_state
-from mlxops.agent.state.store import KEEPER
 from mlxops.common.files import Unfit
 from mlxops.core.commands.status import DriftRow, PortRow, ProbeRow, RunningRow, Status, StatusResult
 from mlxops.core.drift import Drift, DriftCode
@@ -58,15 +57,8 @@ def look(ctx: Context, request: Status, registry: Registry, world: World) -> Sta
         ports=tuple(_port_row(view, probes.get(view.port), checked.get(view.port)) for view in views),
         drift=tuple(map(_drift_row, drift)),
         registry=str(ctx.paths.registry),
-        keeper=_keeper(ctx),
+        keeper=ctx.store.running_keeper(),
     )
-
-
-def _keeper(ctx: Context) -> str | None:
-    with contextlib.suppress(OSError):
-        if holder := ctx.store.holder(KEEPER):
-            return f"{holder.id}, since {holder.since}"
-    return None
 
 
 def downloads(ctx: Context) -> list[Operation]:

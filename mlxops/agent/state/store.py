@@ -194,6 +194,13 @@ class Store:
             raise
         return Lock(path, fd, abandoned)
 
+    def running_keeper(self) -> str | None:
+        """Describe the keeper that runs; None if there is none, or if that is not known."""
+        with contextlib.suppress(OSError):
+            if holder := self.holder(KEEPER):
+                return f"{holder.id}, since {holder.since}"
+        return None
+
     def holder(self, name: str) -> Operation | None:
         """Return who holds the lock now; None if it is free. It tries a shared lock and releases it at once.
 
