@@ -385,7 +385,7 @@ def doctor(cli: Cli, request: Doctor) -> None:
     if request.report is not None:
         try:
             report.write(Path(request.report), replies, cli.console.note, local=cli.common.local, clone=checkout())
-        except Refused as error:  # the findings, which are shown all the same, say why
+        except Refused as error:  # the findings are shown, and say why
             replies = (replace(replies[0], error=error), *replies[1:])
     cli.show(tuple(map(command.refuse_errors, replies)) if request.strict else replies)
 

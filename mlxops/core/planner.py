@@ -416,11 +416,14 @@ def swap_seconds(history: Iterable[Mapping[str, object]]) -> dict[int, float]:
 
 
 def recent_models(history: Iterable[Mapping[str, object]]) -> dict[int, tuple[str, ...]]:
-    """Return port -> the models of its latest `SWAPS` loads. `history` is oldest first."""
+    """Return port -> the models of its latest `SWAPS` loads. `history` is oldest first.
+
+    Other lines may name a model that the port never had, such as that of a failed swap.
+    """
     models: dict[int, tuple[str, ...]] = {}
     for line in history:
         port, model = line.get("port"), line.get("model")
-        if type(port) is int and isinstance(model, str):
+        if line.get("command") == "load" and type(port) is int and isinstance(model, str):
             models[port] = (*models.get(port, ()), model)[-SWAPS:]
     return models
 

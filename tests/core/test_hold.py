@@ -305,11 +305,13 @@ def test_longest_of_the_latest_swaps_counts() -> None:
 
 
 def test_latest_models_of_a_port_are_found() -> None:
-    lines: list[dict[str, object]] = [{"port": 8100, "model": str(number)} for number in range(12)]
+    load: dict[str, object] = {"command": "load", "port": 8100, "model": "x"}
+    lines = [load | {"model": str(number)} for number in range(12)]
     odd: list[dict[str, object]] = [
-        {"port": "8101", "model": "x"},
-        {"port": 8101, "model": None},
-        {"port": True, "model": "x"},
+        load | {"port": "8101"},
+        load | {"port": 8101, "model": None},
+        load | {"port": True},
+        load | {"command": "swap_undone"},
         {},
     ]
     assert recent_models([*lines, *odd]) == {8100: tuple(map(str, range(2, 12)))}

@@ -91,7 +91,7 @@ def _ended(logs: Sequence[OperationLog]) -> tuple[EndedOperation, ...]:
 
 
 class _History:
-    """The totals of a growing history or file of findings. A call of `read` reads what was appended since the last one."""
+    """The totals of a growing history or file of findings. `read` reads what was appended since its last call."""
 
     def __init__(self) -> None:
         self._start_again(None)
