@@ -855,6 +855,26 @@ def test_connection_that_breaks_before_the_status_is_lost(wire: Wire, server: Ss
     world.end(_sleepers())
 
 
+def test_connection_that_breaks_during_the_login_is_no_refusal(
+    server: Sshd, client: SshClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sending fails before Paramiko's thread notices that the connection has ended."""
+    import paramiko
+
+    def send(transport: paramiko.Transport, message: paramiko.Message) -> None:
+        raise EOFError
+
+    handshake = paramiko.Transport.start_client
+
+    def start_client(transport: paramiko.Transport, *arguments: object, **named: object) -> None:
+        handshake(transport, *arguments, **named)  # type: ignore[arg-type]
+        monkeypatch.setattr(paramiko.Transport, "_send_message", send)
+
+    monkeypatch.setattr(paramiko.Transport, "start_client", start_client)
+    client.host("studio", server)
+    assert refusal("studio").code == "host_down"
+
+
 def test_broken_connection_starts_no_more_commands(wire: Wire) -> None:
     with closing(open_ssh("studio")) as opened:
         assert run(opened, "echo", "x")[0] == ["x"]

@@ -69,16 +69,16 @@ class Login:
                     allowed = error.allowed_types
                     break
                 except paramiko.AuthenticationException:
-                    self._refusals += transport.is_active()
+                    self._refusals += not conversation.ended
                     self._note_refused(offer)
                 except (AgentError, ValueError) as error:
                     self._notes.append(f"{_named(offer)}: {error_text(error)}")
                 except paramiko.SSHException as error:
-                    if not transport.is_active():
+                    if conversation.ended:
                         break
                     self._notes.append(error_text(error))
             banner = banner or _banner(transport)
-            if transport.is_active() and not allowed:
+            if not conversation.ended and not allowed:
                 try:
                     conversation.log_in_without()
                     return
@@ -90,7 +90,7 @@ class Login:
         finally:
             if self._agent is not None:
                 self._agent.close()
-        raise self._refused(banner, allowed, ended=not transport.is_active())
+        raise self._refused(banner, allowed, ended=conversation.ended)
 
     # -- choose what to offer
 
@@ -273,6 +273,11 @@ class Conversation:
         self._handler = _handler(transport)
         self._serviced = False
 
+    @property
+    def ended(self) -> bool:
+        """The connection has ended. Paramiko's thread may notice it later than what was sent last."""
+        return self._handler.broken or not self.transport.is_active()
+
     def begin(self) -> None:
         """Request the authentication service, once. Raises `SSHException`."""
         import paramiko
@@ -317,7 +322,7 @@ class Conversation:
         import paramiko
 
         self.begin()
-        if not self.transport.is_active():
+        if self.ended:
             raise paramiko.SSHException("the connection ended")
         return self._handler.send(method, self._request(method, rest))
 
@@ -325,6 +330,8 @@ class Conversation:
 class _Handler(Protocol):
     agrees: bool
     """The host accepted the last request that was not yet a login: for the service, or whether a key would do."""
+    broken: bool
+    """A request could not be sent."""
 
     def send(self, method: str, message: bytes) -> list[str]:
         """Returns and raises as `AuthHandler.wait_for_response`."""
@@ -336,6 +343,7 @@ def _handler(transport: paramiko.Transport) -> _Handler:
 
     class Handler(AuthHandler):
         agrees = False
+        broken = False
 
         def send(self, method: str, message: bytes) -> list[str]:
             self.agrees = False
@@ -344,6 +352,7 @@ def _handler(transport: paramiko.Transport) -> _Handler:
             try:
                 self.transport._send_message(paramiko.Message(message))  # type: ignore[attr-defined]
             except (EOFError, OSError) as error:
+                self.broken = True
                 raise paramiko.SSHException(error_text(error)) from error
             return self.wait_for_response(self.auth_event)
 
